@@ -1,0 +1,57 @@
+# make setup       the environment, in .venv
+# make reproduce   every notebook, figure and table (PROFILE=smoke|laptop|paper)
+# make test        every check
+#
+# PYTHON=python3.12 picks the interpreter. On Linux, for the CPU build of torch:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
+
+PYTHON ?= python3
+PROFILE ?= laptop
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test lint format weights clean
+
+# A figure backend set for another program must not reach the notebooks.
+unexport MPLBACKEND
+
+help:
+	@echo "make setup | reproduce [PROFILE=smoke|laptop|paper] | test | lint | format | weights | clean"
+
+setup: $(STAMP)
+
+$(STAMP): requirements.txt pyproject.toml
+	@test -x $(BIN)/pip || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo "fedmitr needs Python 3.10 or newer; name one: make setup PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the pinned packages into $(VENV) (minutes on the first call)"
+	@$(PIP) install -q -r requirements.txt
+	@$(PIP) install -q --no-deps -e .
+	@touch $@
+
+reproduce: setup
+	$(BIN)/fedmitr reproduce --profile $(PROFILE)
+
+test: lint
+	$(BIN)/python -m pytest
+	FEDMITR_PROFILE=smoke $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=600 \
+	  --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks/*.ipynb
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Trains the shared initial model again.
+weights: setup
+	$(BIN)/python -m fedmitr.pretrain
+
+clean:
+	rm -rf data/store notebooks/executed

@@ -1,0 +1,170 @@
+"""The command line: `fedmitr info | settings | run | compare | reproduce`.
+
+Progress goes to stderr. Bad input is one line on stderr and exit status 2, before any work.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .errors import BadInput
+from .settings import METHODS, PROFILES, Settings, fields, parse_assignment
+
+HINT = "--set takes every setting that `fedmitr settings` lists, such as inversion.iterations=200."
+
+
+class OneLine(click.Group):
+    """A group that turns BadInput into one line and exit status 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BadInput as error:
+            click.echo(f"fedmitr: {error}", err=True)
+            sys.exit(2)
+
+
+@click.group(cls=OneLine)
+@click.version_option(package_name="fedmitr")
+def main() -> None:
+    """One-shot federated learning with Vision Transformers: FedMITR, reproducible."""
+
+
+def settings_options(command):
+    """The options that say what is run, shared by `run` and `compare`."""
+    options = [
+        click.option("--profile", default="laptop", show_default=True, metavar="P", help=", ".join(PROFILES)),
+        click.option("--task", metavar="T", help="task.name"),
+        click.option("--clients", metavar="K", help="partition.clients"),
+        click.option("--alpha", metavar="A", help="partition.alpha"),
+        click.option(
+            "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable."
+        ),
+        click.option(
+            "--store", type=click.Path(path_type=Path), help="Folder of artefacts; default data/store."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def read_settings(profile: str, assignments: tuple[str, ...], **named: str | None) -> Settings:
+    """Profile, then --set, then the named options; BadInput for what cannot be read."""
+    overrides = dict(map(parse_assignment, assignments))
+    names = {"task": "task.name", "clients": "partition.clients", "alpha": "partition.alpha", "seed": "seed"}
+    overrides |= {names[n]: v for n, v in named.items() if v is not None}
+    return Settings.load(profile, overrides)
+
+
+@main.command(epilog=HINT)
+@click.option("--method", required=True, metavar="M", help=", ".join(METHODS))
+@click.option("--seed", metavar="S", help="Fixes everything random.")
+@click.option("--json", "as_json", is_flag=True, help="Last line of stdout: the result as one JSON object.")
+@settings_options
+def run(method, profile, task, clients, alpha, seed, assignments, store, as_json) -> None:
+    """Run one method once."""
+    if method not in METHODS:
+        raise BadInput(f"method={method!r} is unknown: allowed are {', '.join(METHODS)}")
+    settings = read_settings(profile, assignments, task=task, clients=clients, alpha=alpha, seed=seed)
+    from .experiment import run as run_one
+
+    result = run_one(method, settings, store)
+    if as_json:
+        click.echo(result.model_dump_json())
+        return
+    click.echo(
+        f"{method} on {result.task}, {result.clients} clients, seed {result.seed}: {result.accuracy:.3f}"
+    )
+    click.echo(
+        f"  ensemble {result.ensemble_accuracy:.3f} · one-shot FedAvg {result.fedavg_accuracy:.3f} · ",
+        nl=False,
+    )
+    click.echo(f"best client alone {result.best_local_accuracy:.3f}")
+    click.echo(f"  uplink {result.upload_bytes / 1e6:.2f} MB · seconds {result.seconds}")
+
+
+@main.command(epilog=HINT)
+@click.option("--methods", default=",".join(METHODS), show_default=True, help="Comma-separated.")
+@click.option("--seeds", default="0-4", show_default=True, help="Such as 0-4 or 1,3,5.")
+@click.option("--out", type=click.Path(path_type=Path), help="CSV with one row per run.")
+@click.option("--json", "as_json", is_flag=True, help="Last line of stdout: the table as one JSON object.")
+@settings_options
+def compare(methods, seeds, profile, task, clients, alpha, assignments, store, out, as_json) -> None:
+    """Several methods on the same clients, over several seeds."""
+    chosen = [m.strip() for m in methods.split(",")]
+    unknown = [m for m in chosen if m not in METHODS]
+    if unknown:
+        raise BadInput(f"method={unknown[0]!r} is unknown: allowed are {', '.join(METHODS)}")
+    settings = [
+        read_settings(profile, assignments, task=task, clients=clients, alpha=alpha, seed=str(seed))
+        for seed in parse_seeds(seeds)
+    ]
+    from .compare import compare as compare_all
+    from .compare import summarise
+
+    runs = compare_all(chosen, settings, store, out)
+    table = summarise(runs)
+    click.echo(table.to_string(float_format="{:.3f}".format))
+    if as_json:
+        click.echo(
+            json.dumps({"summary": table.reset_index().to_dict("records"), "runs": runs.to_dict("records")})
+        )
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0-4`, `1,3,5` or a mix, as a list of seeds; BadInput when it cannot be read."""
+    seeds: list[int] = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.strip().partition("-")
+            seeds += range(int(first), int(last or first) + 1)
+    except ValueError:
+        seeds = []
+    if not seeds:
+        raise BadInput(f"seeds={text!r} cannot be read: allowed are forms such as 0-4 or 1,3,5")
+    return seeds
+
+
+@main.command()
+@click.option("--profile", default="laptop", show_default=True, metavar="P", help=", ".join(PROFILES))
+@click.option("--only", help="Numbers of the notebooks to run, such as 03,04.")
+@click.option("--store", type=click.Path(path_type=Path), help="Folder of artefacts; default data/store.")
+def reproduce(profile, only, store) -> None:
+    """Run the notebooks with papermill: rewrites figures/ and results/, resumes what was stopped."""
+    from .reproduce import reproduce as reproduce_all
+
+    click.echo(reproduce_all(profile, only, store))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def info(as_json) -> None:
+    """Versions, device, threads, and which optional parts are present."""
+    from .runtime import describe
+
+    facts = describe()
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        click.echo(f"{name:>14}: {value if value is not None else 'not installed'}")
+
+
+@main.command("settings")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+def list_settings(as_json) -> None:
+    """Every setting: default, what is allowed, meaning and source."""
+    for row in fields():
+        if as_json:
+            click.echo(json.dumps(row))
+        else:
+            limits = f" [{row['allowed']}]" if row["allowed"] else ""
+            click.echo(f"{row['setting']} = {row['default']}{limits}\n    {row['meaning']} ({row['source']})")
+
+
+if __name__ == "__main__":
+    main()

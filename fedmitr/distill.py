@@ -1,0 +1,131 @@
+"""Distillation: synthetic images, labels and token labels in, one global model out (method step 5)."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from .augment import random_maps, warp, warp_mask
+from .ensemble import Ensemble
+from .inversion import SyntheticSet
+from .optim import make_optimizer, make_schedule
+from .relabel import NO_TARGET, background_labels, soft_token_labels, tempered, token_targets
+from .runtime import generator
+from .scenes import texture
+from .settings import DistillSettings, RelabelSettings
+from .vit import forward_tokens, grid_size, normalisation
+
+
+def distill(
+    student: VisionTransformer,
+    ensemble: Ensemble,
+    synthetic: SyntheticSet,
+    settings: DistillSettings,
+    relabel: RelabelSettings,
+    seed: int,
+    *,
+    progress: Callable[[int], object] | None = None,
+) -> VisionTransformer:
+    """Train the student, in place, on random views of the synthetic set; returned in evaluation mode.
+
+    progress is called with 1 after each step.
+    """
+    rng = generator(seed, "distill")
+    student.train().requires_grad_(True)
+    optimizer = make_optimizer(student, "adamw", settings.lr, settings.weight_decay)
+    schedule = make_schedule(optimizer, "one_cycle", settings.steps)
+    of_background = background_labels(ensemble, synthetic, relabel.temperature)
+    batches = endless_batches(len(synthetic), settings, rng)
+    for _ in range(settings.steps):
+        pick = next(batches)
+        images, mask, labels = view(student, synthetic, pick, settings, rng)
+        teacher, soft = soft_token_labels(ensemble, images, of_background[pick], relabel)
+        tokens = token_targets(labels, mask, soft, relabel)
+        loss = distill_loss(student, images, teacher, labels, tokens, settings, relabel)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if progress:
+            progress(1)
+    return student.eval()
+
+
+def distill_loss(
+    student: VisionTransformer,
+    images: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    tokens: Tensor,
+    settings: DistillSettings,
+    relabel: RelabelSettings,
+) -> Tensor:
+    """T²·KL(A^0 ‖ z^0) + λ_ce·CE(z^0, y) + λ_tok·(1/N) Σ_i CE(z^i, ℓ_i).
+
+    images (B, ch, H, W); teacher log-probabilities (B, C); labels (B,); token targets (B, N, C).
+    """
+    use_tokens = settings.token_weight > 0 and relabel.mode != "none"
+    of_cls, of_tokens = forward_tokens(student, images) if use_tokens else (student(images), None)
+    heat = settings.temperature
+    target = tempered(teacher, heat)
+    loss = heat**2 * F.kl_div(F.log_softmax(of_cls / heat, dim=-1), target, reduction="batchmean")
+    if settings.ce_weight:
+        loss = loss + settings.ce_weight * F.cross_entropy(of_cls, labels, ignore_index=NO_TARGET)
+    if use_tokens:
+        loss = loss + settings.token_weight * F.cross_entropy(of_tokens.flatten(0, 1), tokens.flatten(0, 1))
+    return loss
+
+
+def view(
+    student: VisionTransformer,
+    synthetic: SyntheticSet,
+    pick: Tensor,
+    settings: DistillSettings,
+    rng: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A random view of images `pick`: pixels (B, ch, H, W), patch mask (B, N) and labels (B,).
+
+    Pixels and mask move together. The last `textures` share of the batch is pure texture, with no
+    surviving patch and no target.
+    """
+    images, mask, labels = synthetic.pixels[pick], synthetic.mask[pick], synthetic.labels[pick].clone()
+    grid = grid_size(student)
+    if settings.augment:
+        maps = random_maps(len(pick), settings.augment, rng)
+        images, mask = warp(images, maps), warp_mask(mask, maps, grid)
+    plain = round(settings.textures * len(pick))
+    if settings.background == "texture" or plain:
+        clutter = random_textures(student, images, rng)
+        if settings.background == "texture":
+            images = torch.where(pixel_mask(mask, grid, images.shape[-2:]), images, clutter)
+        if plain:
+            images = torch.cat([images[:-plain], clutter[-plain:]])
+            mask[-plain:], labels[-plain:] = False, NO_TARGET
+    return images, mask, labels
+
+
+def random_textures(student: VisionTransformer, like: Tensor, rng: torch.Generator) -> Tensor:
+    """Smooth random textures of random contrast, normalised and shaped as `like` (B, ch, H, W)."""
+    batch, channels, side, _ = like.shape
+    contrast = torch.rand(batch, 1, 1, 1, generator=rng)
+    mean, std = (s.to(like) for s in normalisation(student))
+    smooth = contrast * texture(batch * channels, side, rng).view(batch, channels, side, side)
+    return (smooth.to(like) - mean) / std
+
+
+def pixel_mask(mask: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """A patch mask (B, N) as pixels (B, 1, H, W)."""
+    height, width = size[0] // grid[0], size[1] // grid[1]
+    return mask.view(-1, 1, *grid).repeat_interleave(height, 2).repeat_interleave(width, 3)
+
+
+def endless_batches(count: int, settings: DistillSettings, rng: torch.Generator) -> Iterator[Tensor]:
+    """Indices of batch after batch, each image once an epoch."""
+    while True:
+        order = torch.randperm(count, generator=rng)
+        full = order.split(min(settings.batch_size, count))
+        yield from (b for b in full if len(b) == min(settings.batch_size, count))

@@ -1,0 +1,79 @@
+"""Many uploads seen as one teacher A(x) (method step 2)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import BadInput
+from .settings import EnsembleSettings
+from .upload import Upload, check_same_shape
+from .vit import forward_tokens, kept_patches, patch_features, patch_importance
+
+
+class Ensemble(nn.Module):
+    """K frozen uploaded models and the weights that combine them.
+
+    weights is (K, 1), or (K, C) when each class has its own; columns sum to one. The modes are
+    `mean_probs` and `mean_logits` (1/K each), `size` (n_k / n, on probabilities) and `class`
+    (c_k[y] / Σ_j c_j[y], on probabilities; FedFTG, Zhang et al. 2022, Eq. 9).
+    """
+
+    def __init__(self, uploads: Sequence[Upload], settings: EnsembleSettings | None = None) -> None:
+        super().__init__()
+        check_same_shape(uploads)
+        self.mode = (settings or EnsembleSettings()).mode
+        self.members = nn.ModuleList(u.vit() for u in uploads)
+        self.register_buffer("weights", client_weights(uploads, self.mode))
+        self.num_classes = uploads[0].shape.num_classes
+
+    def forward(self, images: Tensor, keep: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+        """Log-probabilities (B, C) of images (B, ch, H, W), seen on the kept patches (B, M) alone."""
+        logits = torch.stack([self._class_logits(m, *kept_patches(m, images, keep)) for m in self.members])
+        return self.combine(logits, temperature)
+
+    def forward_patches(self, patches: Tensor, position: Tensor) -> Tensor:
+        """Log-probabilities (B, C) of patches (B, M, ch·p·p) at grid positions (B, M)."""
+        return self.combine(torch.stack([self._class_logits(m, patches, position) for m in self.members]))
+
+    def forward_tokens(self, images: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of CLS (B, C) and of every patch token (B, N, C): A^0 and A^i."""
+        of_cls, of_tokens = zip(*(forward_tokens(m, images) for m in self.members), strict=True)
+        return self.combine(torch.stack(of_cls), temperature), self.combine(
+            torch.stack(of_tokens), temperature
+        )
+
+    def importance(self, patches: Tensor, position: Tensor) -> Tensor:
+        """CLS attention (B, M) to the patches, averaged over clients with the ensemble's weights."""
+        attention = torch.stack([patch_importance(m, patches, position) for m in self.members])
+        return torch.einsum("kbm,k->bm", attention, self.weights.mean(dim=1))
+
+    def combine(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
+        """Clients' logits (K, ..., C) to the ensemble's log-probabilities (..., C)."""
+        weights = self.weights.view(len(logits), *[1] * (logits.ndim - 2), -1)
+        if self.mode == "mean_logits":
+            return F.log_softmax((weights * logits).sum(dim=0) / temperature, dim=-1)
+        # in logarithms throughout: Σ_k w_k p_k must not underflow for a class no client believes in
+        log_mix = torch.logsumexp(F.log_softmax(logits / temperature, dim=-1) + weights.log(), dim=0)
+        return F.log_softmax(log_mix, dim=-1)
+
+    @staticmethod
+    def _class_logits(member: nn.Module, patches: Tensor, position: Tensor) -> Tensor:
+        return member.forward_head(patch_features(member, patches, position))
+
+
+def client_weights(uploads: Sequence[Upload], mode: str) -> Tensor:
+    """The weights (K, 1) or (K, C) of an ensemble mode; columns sum to one."""
+    if mode in ("mean_probs", "mean_logits"):
+        return torch.full((len(uploads), 1), 1 / len(uploads))
+    if mode == "size":
+        sizes = torch.tensor([float(u.size) for u in uploads])
+        return (sizes / sizes.sum())[:, None]
+    without = [u.client for u in uploads if u.class_counts is None]
+    if without:
+        raise BadInput(f"ensemble.mode='class' needs class_counts: upload of client {without[0]} has none")
+    counts = torch.tensor([u.class_counts for u in uploads], dtype=torch.float32)
+    # a class that nobody holds falls back to equal weights
+    counts = torch.where(counts.sum(dim=0) > 0, counts, torch.ones_like(counts))
+    return counts / counts.sum(dim=0)

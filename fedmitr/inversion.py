@@ -1,0 +1,289 @@
+"""Sparse model inversion: an ensemble and labels in, images and their surviving patches out.
+
+Noise is optimised until the ensemble sees the wanted class in it. At each stop the patches that CLS
+attends to least leave for good: from then on they get no forward, no gradient, no update
+(method step 3; SMI, Hu et al. 2024). An empty schedule of stops is dense inversion.
+
+Jitter and flip without resampling: a view shows the same patches at other places of the grid. A
+shift by whole patches moves a patch's position on the torus of the grid; a flip mirrors its column
+and its pixels. So the kept set follows a view exactly, at no cost, whatever was stopped.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ensemble import Ensemble
+from .runtime import generator
+from .settings import InversionSettings
+from .store import read_tensors, write_tensors
+from .vit import gather_tokens, grid_size, patchify, unpatchify
+
+COLUMNS = ("pixels", "labels", "mask", "loss")
+FRAMES = 13  # pictures of a batch kept for plotting, from first noise to last iterate
+
+
+@dataclass(frozen=True)
+class SyntheticSet:
+    """What inversion returns.
+
+    pixels (n, ch, H, W) as the model sees them; labels (n,); mask (n, N) true where a patch survived
+    every stop; loss (n,) cross-entropy of the returned iterate, NaN never. history holds curves over
+    iterations and, under "frames", "frame_masks" and "frame_at", pictures on the way.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    mask: Tensor
+    loss: Tensor
+    history: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @classmethod
+    def concat(cls, parts: Sequence["SyntheticSet"]) -> "SyntheticSet":
+        """All parts in order; curves are averaged over the parts, frames are the first part's."""
+        columns = {n: torch.cat([getattr(p, n) for p in parts]) for n in COLUMNS}
+        history = {
+            name: values
+            if name.startswith("frame")
+            else torch.stack([p.history[name] for p in parts]).mean(0)
+            for name, values in parts[0].history.items()
+        }
+        return cls(**columns, history=history)
+
+
+def balanced_labels(count: int, num_classes: int, rng: torch.Generator) -> Tensor:
+    """count labels in random order, every class as often as every other (to within one)."""
+    order = torch.randperm(num_classes, generator=rng)
+    labels = order[torch.arange(count) % num_classes]
+    return labels[torch.randperm(count, generator=rng)]
+
+
+def label_batches(settings: InversionSettings, num_classes: int, seed: int) -> list[Tensor]:
+    """The target labels of every batch of a run."""
+    labels = balanced_labels(settings.images, num_classes, generator(seed, "targets"))
+    return list(labels.split(settings.batch_size))
+
+
+def invert(
+    ensemble: Ensemble,
+    labels: Tensor,
+    settings: InversionSettings,
+    seed: int,
+    *,
+    progress: Callable[[int], object] | None = None,
+) -> SyntheticSet:
+    """Invert one batch of target labels (B,): min_x CE(A(x_S), y) + a_tv TV(x) + a_l2 |x|² over Adam.
+
+    progress is called with 1 after each iteration. The same arguments give the same images.
+    """
+    rng, at = generator(seed, "inversion"), labels.device
+    member = ensemble.members[0]
+    rows, columns = grid_size(member)
+    patch, side = member.patch_embed.patch_size, member.patch_embed.img_size
+    shape = (len(labels), member.patch_embed.proj.in_channels, *side)
+    canvas = patchify(torch.randn(shape, generator=rng), patch).to(at)  # (B, N, ch·p·p)
+    keep = torch.arange(rows * columns, device=at).expand(len(labels), -1)  # (B, M)
+    live = _Live(canvas, settings)
+    best = _Best(len(labels), at)
+    stops = dict(zip(settings.stop_at, settings.stop_ratio, strict=True))
+    log: dict[str, list[Tensor]] = {"loss": [], "cross_entropy": [], "confidence": [], "kept": []}
+    frames: list[tuple[int, Tensor, Tensor]] = []
+    wanted = {round(i * settings.iterations / (FRAMES - 1)) for i in range(FRAMES)} | set(settings.stop_at)
+
+    for step in range(settings.iterations + 1):
+        if step in wanted:
+            frames.append((step, _scatter(canvas, keep, live.patches.detach()), _mask(keep, rows * columns)))
+        if step == settings.iterations:
+            break
+        if step in stops:
+            survivors = _survivors(ensemble, live.patches.detach(), keep, stops[step])
+            canvas = _freeze(canvas, keep, live.patches.detach(), survivors, settings.background, rng)
+            keep = keep.gather(1, survivors)
+            live.keep(survivors)
+        position, view = random_view(live.patches, keep, (rows, columns), shape[1], patch, settings, rng)
+        log_probs = ensemble.forward_patches(view, position)
+        cross_entropy = F.nll_loss(log_probs, labels, reduction="none")
+        loss = settings.ce * cross_entropy
+        if settings.tv:
+            image = unpatchify(_scatter(canvas, keep, live.patches), patch, side)
+            loss = loss + settings.tv * total_variation(image)
+        if settings.l2:
+            loss = loss + settings.l2 * live.patches.square().sum(dim=(1, 2))
+        if settings.keep_best and step >= max(settings.stop_at, default=0):
+            best.update(loss.detach(), cross_entropy.detach(), live.patches.detach())
+        live.step(loss.sum())
+        log["loss"].append(loss.detach().mean())
+        log["cross_entropy"].append(cross_entropy.detach().mean())
+        log["confidence"].append(log_probs.detach().gather(1, labels[:, None]).exp().mean())
+        log["kept"].append(torch.tensor(keep.shape[1] / (rows * columns), device=at))
+        if progress:
+            progress(1)
+
+    patches, final = live.patches.detach(), cross_entropy.detach()
+    if settings.keep_best:
+        patches, final = best.patches, best.cross_entropy
+    history = {name: torch.stack(values).cpu() for name, values in log.items()}
+    history["frame_at"] = torch.tensor([f[0] for f in frames])
+    history["frames"] = torch.stack([unpatchify(f[1][:20], patch, side) for f in frames]).cpu()
+    history["frame_masks"] = torch.stack([f[2][:20] for f in frames]).cpu()
+    pixels = unpatchify(_scatter(canvas, keep, patches), patch, side)
+    return SyntheticSet(pixels, labels, _mask(keep, rows * columns), final, history)
+
+
+def random_view(
+    patches: Tensor,
+    keep: Tensor,
+    grid: tuple[int, int],
+    channels: int,
+    patch: tuple[int, int],
+    settings: InversionSettings,
+    rng: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """One random view of kept patches (B, M, ch·p·p) at indices (B, M): positions (B, M) and pixels.
+
+    Every image draws its own shift, up to `jitter` of the side in whole patches (at least one where
+    jitter is on), and its own flip.
+    """
+    batch = len(patches)
+    draws = [
+        torch.randint(-n, n + 1, (batch,), generator=rng)
+        for n in (jitter_patches(settings.jitter, g) for g in grid)
+    ]
+    flip = (torch.rand(batch, generator=rng) < 0.5) if settings.flip else torch.zeros(batch, dtype=torch.bool)
+    shift = torch.stack(draws, dim=1).to(patches.device)
+    flip = flip.to(patches.device)
+    position = move(keep, shift, flip, grid)
+    if settings.flip:
+        mirrored = patches.unflatten(2, (channels, *patch)).flip(-1).flatten(2)
+        patches = torch.where(flip[:, None, None], mirrored, patches)
+    return position, patches
+
+
+def jitter_patches(jitter: float, cells: int) -> int:
+    """Largest shift in patches: `jitter` of the side, rounded, but one where jitter is not zero."""
+    return max(1, round(jitter * cells)) if jitter else 0
+
+
+def move(index: Tensor, shift: Tensor, flip: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Where patches (B, M) stand after rolling the image by shift (B, 2) patches, then mirroring it.
+
+    Exactly the index that each patch of `torch.roll` and `torch.flip` of the image has.
+    """
+    rows, columns = grid
+    row = (index // columns + shift[:, :1]) % rows
+    column = (index % columns + shift[:, 1:]) % columns
+    column = torch.where(flip[:, None], columns - 1 - column, column)
+    return row * columns + column
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """L2 total variation (B,): sum of squared differences of neighbouring pixels."""
+    down = (images[:, :, 1:] - images[:, :, :-1]).square().sum(dim=(1, 2, 3))
+    right = (images[..., 1:] - images[..., :-1]).square().sum(dim=(1, 2, 3))
+    return down + right
+
+
+def remaining(count: int, ratios: Sequence[float]) -> int:
+    """Patches left of count after stops that each take a share of the remaining (at least one stays)."""
+    for ratio in ratios:
+        count = max(1, count - math.floor(count * ratio + 0.5))
+    return count
+
+
+@torch.inference_mode()
+def _survivors(ensemble: Ensemble, patches: Tensor, keep: Tensor, ratio: float) -> Tensor:
+    """Rows (B, M') of the patches that CLS attends to most, in grid order."""
+    importance = ensemble.importance(patches, keep)
+    count = remaining(patches.shape[1], [ratio])
+    return importance.topk(count, dim=1).indices.sort(dim=1).values.clone()
+
+
+class _Live:
+    """The surviving patches (B, M, ch·p·p) and Adam's moments for them alone."""
+
+    def __init__(self, patches: Tensor, settings: InversionSettings) -> None:
+        self.patches = patches.clone().requires_grad_(True)
+        self.lr, self.betas, self.steps = settings.lr, settings.betas, 0
+        self.mean, self.square = torch.zeros_like(patches), torch.zeros_like(patches)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop every patch but these rows (B, M'), with its moments."""
+        self.mean, self.square = gather_tokens(self.mean, rows), gather_tokens(self.square, rows)
+        self.patches = gather_tokens(self.patches.detach(), rows).requires_grad_(True)
+
+    def step(self, loss: Tensor) -> None:
+        """One step of Adam (Kingma & Ba 2015, Algorithm 1) on the pixels."""
+        (gradient,) = torch.autograd.grad(loss, self.patches)
+        self.steps += 1
+        first, second = self.betas
+        self.mean.lerp_(gradient, 1 - first)
+        self.square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        scale = self.lr / (1 - first**self.steps)
+        denominator = (self.square / (1 - second**self.steps)).sqrt_().add_(1e-8)
+        with torch.no_grad():
+            self.patches.addcdiv_(self.mean, denominator, value=-scale)
+
+
+class _Best:
+    """Each image's iterate of least loss since the last stop: a copy, not the live tensor."""
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self.loss = torch.full((batch,), math.inf, device=device)
+        self.cross_entropy = torch.full((batch,), math.inf, device=device)
+        self.patches: Tensor | None = None
+
+    def update(self, loss: Tensor, cross_entropy: Tensor, patches: Tensor) -> None:
+        better = loss < self.loss
+        if self.patches is None:
+            self.patches = patches.clone()
+        self.patches = torch.where(better[:, None, None], patches, self.patches)
+        self.loss = torch.where(better, loss, self.loss)
+        self.cross_entropy = torch.where(better, cross_entropy, self.cross_entropy)
+
+
+def _scatter(canvas: Tensor, keep: Tensor, patches: Tensor) -> Tensor:
+    """The canvas (B, N, d) with live patches (B, M, d) laid at their places (B, M)."""
+    return canvas.scatter(1, keep[:, :, None].expand_as(patches), patches)
+
+
+def _mask(keep: Tensor, count: int) -> Tensor:
+    return torch.zeros(len(keep), count, dtype=torch.bool, device=keep.device).scatter(1, keep, True)
+
+
+def _freeze(
+    canvas: Tensor, keep: Tensor, patches: Tensor, survivors: Tensor, background: str, rng: torch.Generator
+) -> Tensor:
+    """The canvas with the patches that stop now at their last pixels, or as `background` says."""
+    canvas = _scatter(canvas, keep, patches)
+    if background == "keep":
+        return canvas
+    stopped = ~_mask(keep.gather(1, survivors), canvas.shape[1])[:, :, None]
+    fill = {
+        "zero": lambda: torch.zeros_like(canvas),
+        "noise": lambda: torch.randn(canvas.shape, generator=rng).to(canvas.device),
+        "mean": lambda: canvas.mean(dim=(1, 2), keepdim=True).expand_as(canvas),
+    }[background]()
+    return torch.where(stopped, fill, canvas)
+
+
+def save_synthetic(synthetic: SyntheticSet, folder: Path) -> None:
+    """Write a synthetic set as one safetensors file."""
+    columns = {name: getattr(synthetic, name) for name in COLUMNS}
+    write_tensors(
+        columns | {f"history.{k}": v for k, v in synthetic.history.items()}, folder / "synthetic.safetensors"
+    )
+
+
+def load_synthetic(folder: Path) -> SyntheticSet:
+    """Read what `save_synthetic` wrote."""
+    tensors = read_tensors(folder / "synthetic.safetensors")
+    history = {k.removeprefix("history."): v for k, v in tensors.items() if k.startswith("history.")}
+    return SyntheticSet(*(tensors[name] for name in COLUMNS), history=history)

@@ -1,0 +1,41 @@
+"""Optimiser and learning-rate schedule, shared by everything that trains."""
+
+import math
+
+import torch
+from torch import nn
+
+
+def make_optimizer(
+    model: nn.Module, name: str, lr: float, weight_decay: float, momentum: float = 0.9
+) -> torch.optim.Optimizer:
+    """AdamW or SGD; biases, norms and position embeddings are not decayed (as in DeiT)."""
+    skip = {"pos_embed", "cls_token", "dist_token", "reg_token"}
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in named if p.ndim > 1 and n not in skip], "weight_decay": weight_decay},
+        {"params": [p for n, p in named if p.ndim <= 1 or n in skip], "weight_decay": 0.0},
+    ]
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+    return torch.optim.AdamW(groups, lr=lr)
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, name: str, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Learning rate over `steps` steps, as a factor of the peak.
+
+    `one_cycle` rises linearly for a tenth of the steps and falls as a cosine to zero; `cosine` falls
+    from the start; `constant` stays.
+    """
+    rise = max(1, round(0.1 * steps)) if name == "one_cycle" else 0
+
+    def factor(step: int) -> float:
+        if name == "constant":
+            return 1.0
+        if step < rise:
+            return (step + 1) / rise
+        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,0 +1,49 @@
+"""What every stage needs from the machine: a device, seeds that do not collide, version facts."""
+
+import hashlib
+import importlib.metadata
+import platform
+
+import torch
+
+PACKAGES = ("fedmitr", "torch", "torchvision", "timm", "numpy", "scikit-learn", "pydantic", "safetensors")
+OPTIONAL = ("dask", "ray", "flwr")
+
+
+def device() -> torch.device:
+    """The first CUDA device where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def derive_seed(seed: int, *names: object) -> int:
+    """A seed of its own for each named use, so that no two stages share a random stream."""
+    text = ":".join(map(str, (seed, *names)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+
+
+def generator(seed: int, *names: object) -> torch.Generator:
+    """A CPU generator for one named use; draws on the CPU are the same on every device."""
+    return torch.Generator().manual_seed(derive_seed(seed, *names))
+
+
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
+    """Installed versions by package name; None where a package is absent."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def describe() -> dict[str, object]:
+    """Facts about this machine: versions, device, threads, optional parts."""
+    at = device()
+    name = torch.cuda.get_device_name(at) if at.type == "cuda" else platform.processor() or platform.machine()
+    facts: dict[str, object] = dict(versions(PACKAGES + OPTIONAL))
+    return facts | {
+        "system": platform.platform(),
+        "device": f"{at} ({name})",
+        "threads": torch.get_num_threads(),
+    }

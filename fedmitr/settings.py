@@ -1,0 +1,289 @@
+"""Every setting of a run: name, default, allowed range, source. Nested as the rooms are.
+
+The same dotted names work in Python, in YAML profiles, in `--set` and as papermill parameters.
+The defaults are the `laptop` profile's unless a profile says otherwise.
+"""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import BadInput
+from .paths import shipped
+
+PROFILES = ("smoke", "laptop", "paper")
+TASKS = ("digits", "digits-plain")
+METHODS = ("fedmitr", "fedavg", "ensemble", "local", "central")
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+OpenShare = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def setting(default: Any, meaning: str, source: str = "ours", **limits: Any) -> Any:
+    """A field with its meaning and the source of its default."""
+    return Field(default, description=meaning, json_schema_extra={"source": source}, **limits)
+
+
+class Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class TaskSettings(Block):
+    """What is learnt."""
+
+    name: str = setting("digits", "task: " + ", ".join(TASKS))
+    clutter: Share = setting(0.5, "brightest background texture, of full scale; digits-plain has 0")
+    scale: tuple[OpenShare, Positive] = setting(
+        (0.55, 0.75), "smallest and largest side of a digit, of the scene's"
+    )
+    degrees: NotNegative = setting(15.0, "largest rotation of a digit, degrees")
+    validation: OpenShare = setting(0.1, "share of the images held out for validation")
+    test: OpenShare = setting(0.25, "share of the images held out for the test")
+
+
+class PartitionSettings(Block):
+    """Who holds what."""
+
+    scheme: Literal["dirichlet", "shards", "iid", "quantity"] = setting("dirichlet", "how classes are spread")
+    clients: Count = setting(5, "number of clients K", "paper")
+    alpha: Positive = setting(0.1, "Dirichlet concentration; small is extreme skew", "paper")
+    classes_per_client: Count = setting(2, "classes a client holds, scheme=shards", "McMahan et al. 2017")
+    min_size: Count = setting(
+        10, "smallest shard allowed, images", "Dirichlet practice since Yurochkin et al. 2019"
+    )
+
+
+class ModelSettings(Block):
+    """The shared initial model."""
+
+    name: str = setting("vit_micro", "vit_micro or a timm Vision Transformer")
+    pretrained: bool = setting(True, "start from pretrained weights", "paper")
+    checkpoint: str | None = setting(None, "local safetensors file with weights, instead of a download")
+    image_size: int | None = setting(None, "side of the images, pixels; default the model's", ge=1)
+
+
+class ClientSettings(Block):
+    """Local training."""
+
+    epochs: Count = setting(15, "passes over the shard")
+    batch_size: Count = setting(32, "images a step")
+    optimizer: Literal["adamw", "sgd"] = setting("adamw", "optimiser")
+    lr: Positive = setting(1e-3, "peak learning rate")
+    momentum: Share = setting(0.9, "SGD momentum")
+    weight_decay: NotNegative = setting(0.05, "decoupled for AdamW", "DeiT")
+    schedule: Literal["one_cycle", "cosine", "constant"] = setting(
+        "one_cycle", "learning rate over the steps"
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = setting(0.0, "label smoothing")
+    augment: Share = setting(0.5, "strength of random scale, rotation and shift; 0 is none")
+    token_weight: NotNegative = setting(
+        0.0, "weight of the image label on the patch tokens as well", "LV-ViT"
+    )
+
+
+class EnsembleSettings(Block):
+    """How the uploads become one teacher."""
+
+    mode: Literal["mean_probs", "mean_logits", "size", "class"] = setting(
+        "mean_probs",
+        "mean of probabilities or logits, weighted by n_k, or by class counts c_k",
+        "choice; FedFTG: class",
+    )
+
+
+class InversionSettings(Block):
+    """Sparse model inversion; no stops is dense inversion."""
+
+    images: Count = setting(600, "synthetic images in all")
+    batch_size: Count = setting(100, "images inverted together", "SMI")
+    iterations: Count = setting(120, "steps of the optimiser", "SMI: 4000")
+    lr: Positive = setting(0.25, "Adam's learning rate", "SMI")
+    betas: tuple[Share, Share] = setting((0.5, 0.99), "Adam's betas", "SMI")
+    stop_at: tuple[int, ...] = setting(
+        (20, 40, 60, 80), "iterations after which patches stop", "SMI: 50,100,200,300"
+    )
+    stop_ratio: tuple[OpenShare, ...] = setting((0.3, 0.3, 0.3, 0.3), "share of the remaining patches", "SMI")
+    ce: NotNegative = setting(1.0, "weight of the cross-entropy to the target", "SMI")
+    tv: NotNegative = setting(1e-4, "weight of the L2 total variation", "SMI")
+    l2: NotNegative = setting(0.0, "weight of the squared norm of the pixels", "SMI")
+    jitter: Annotated[float, Field(ge=0, lt=0.5)] = setting(
+        0.125, "largest shift of a view, of the side", "SMI"
+    )
+    flip: bool = setting(False, "mirror views at random (letters and digits are not symmetric)", "SMI: true")
+    background: Literal["keep", "zero", "noise", "mean"] = setting(
+        "keep", "pixels of a stopped patch", "choice"
+    )
+    keep_best: bool = setting(True, "return each image's iterate of least loss after the last stop", "SMI")
+
+    @model_validator(mode="after")
+    def _stops_fit(self):
+        if len(self.stop_ratio) != len(self.stop_at):
+            raise ValueError(
+                f"stop_ratio has {len(self.stop_ratio)} values for {len(self.stop_at)} stops: give as many"
+            )
+        if list(self.stop_at) != sorted(set(self.stop_at)):
+            raise ValueError(f"stop_at={list(self.stop_at)} must rise")
+        if self.stop_at and not (1 <= self.stop_at[0] and self.stop_at[-1] < self.iterations):
+            raise ValueError(f"stop_at={list(self.stop_at)} must lie in [1, iterations={self.iterations})")
+        return self
+
+
+class RelabelSettings(Block):
+    """Which label each patch token learns."""
+
+    mode: Literal["relabel", "pseudo", "soft", "none"] = setting(
+        "relabel", "the paper's, or an ablation of it", "paper"
+    )
+    source: Literal["token_logits", "background_cls"] = setting(
+        "token_logits", "soft label of a patch", "choice"
+    )
+    temperature: Positive = setting(1.0, "of the soft token labels", "choice")
+    foreground_soft: Share = setting(0.0, "share of the soft label mixed into the pseudo-label", "ours")
+
+
+class DistillSettings(Block):
+    """Distilling the global model."""
+
+    steps: Count = setting(600, "student steps")
+    batch_size: Count = setting(64, "synthetic images a step")
+    lr: Positive = setting(3e-4, "peak learning rate of AdamW, one cycle")
+    weight_decay: NotNegative = setting(0.05, "AdamW's", "DeiT")
+    start: Literal["average", "initial"] = setting("average", "student's start", "choice")
+    temperature: Positive = setting(1.0, "T of the distillation loss", "choice")
+    ce_weight: NotNegative = setting(0.0, "λ_ce, cross-entropy of CLS to the target", "choice")
+    token_weight: NotNegative = setting(0.1, "λ_tok, loss of the patch tokens", "choice")
+    background: Literal["keep", "texture"] = setting("keep", "low-density patches in each view", "choice")
+    textures: Share = setting(0.25, "share of a batch that is pure smooth random texture", "ours")
+    augment: Share = setting(0.7, "strength of random scale, rotation and shift of pixels and mask")
+
+
+class Settings(Block):
+    """One run. `seed` fixes everything random in it."""
+
+    seed: int = setting(0, "fixes data, partition, training, inversion and distillation", ge=0)
+    task: TaskSettings = TaskSettings()
+    partition: PartitionSettings = PartitionSettings()
+    model: ModelSettings = ModelSettings()
+    client: ClientSettings = ClientSettings()
+    ensemble: EnsembleSettings = EnsembleSettings()
+    inversion: InversionSettings = InversionSettings()
+    relabel: RelabelSettings = RelabelSettings()
+    distill: DistillSettings = DistillSettings()
+
+    @classmethod
+    def load(cls, profile: str = "laptop", overrides: dict[str, Any] | None = None) -> "Settings":
+        """A profile's settings with dotted overrides, such as {"partition.alpha": 0.1}.
+
+        Raises BadInput, one line, for an unknown profile or setting and a value out of range.
+        """
+        tree = read_profile(profile)
+        for name, value in (overrides or {}).items():
+            _assign(tree, name, value)
+        return build(tree)
+
+
+def read_profile(profile: str) -> dict[str, Any]:
+    """The nested settings of a shipped profile (notebooks/profiles/PROFILE.yaml)."""
+    if profile not in PROFILES:
+        raise BadInput(f"profile={profile!r} is unknown: allowed are {', '.join(PROFILES)}")
+    flat = (
+        yaml.safe_load((shipped("notebooks/profiles") / f"{profile}.yaml").read_text()).get("SETTINGS") or {}
+    )
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        _assign(tree, name, value)
+    return tree
+
+
+def _assign(tree: dict[str, Any], name: str, value: Any) -> None:
+    """Set a dotted name in a nested dict, refusing names that no block has."""
+    known = defaults()
+    if name not in known:
+        block = name.split(".")[0]
+        near = [k for k in known if k.split(".")[0] == block] or sorted({k.split(".")[0] for k in known})
+        raise BadInput(f"setting {name!r} is unknown: known there are {', '.join(near)}")
+    *blocks, leaf = name.split(".")
+    for block in blocks:
+        tree = tree.setdefault(block, {})
+    tree[leaf] = value
+
+
+def build(tree: dict[str, Any]) -> Settings:
+    """Validate nested settings; the first error as one line (BadInput)."""
+    try:
+        settings = Settings.model_validate(tree)
+    except ValidationError as failure:
+        error = failure.errors()[0]
+        name = ".".join(str(p) for p in error["loc"])
+        said = error["msg"].removeprefix("Value error, ")
+        given = "" if isinstance(error["input"], BaseModel | dict) else f"={error['input']!r}"
+        raise BadInput(f"{name}{given}: {said[0].lower()}{said[1:]}") from None
+    if settings.task.name not in TASKS:
+        raise BadInput(f"task.name={settings.task.name!r} is unknown: allowed are {', '.join(TASKS)}")
+    return settings
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`key=value` from the command line; the value is read as YAML: numbers, lists, true, null."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise BadInput(f"--set {text!r} is not of the form key=value")
+    try:
+        value = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise BadInput(f"--set {text!r}: the value is not readable as YAML") from None
+    return name.strip(), _number(value)
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-3 as text; a reader means a number."""
+    if isinstance(value, list):
+        return [_number(v) for v in value]
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def fields() -> list[dict[str, Any]]:
+    """Every setting: name, default, what is allowed, meaning, source; the table that the docs print."""
+    rows = []
+    for block, info in Settings.model_fields.items():
+        nested = isinstance(info.annotation, type) and issubclass(info.annotation, Block)
+        for name, field in (info.annotation.model_fields if nested else {block: info}).items():
+            rows.append(
+                {
+                    "setting": f"{block}.{name}" if nested else name,
+                    "default": field.default,
+                    "allowed": _allowed(field),
+                    "meaning": field.description,
+                    "source": field.json_schema_extra["source"],
+                }
+            )
+    return rows
+
+
+def _allowed(field: Any) -> str:
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    if choices := [a for a in get_args(field.annotation) if isinstance(a, str)]:
+        return ", ".join(choices)
+    limits = [
+        f"{s} {getattr(m, n)}"
+        for m in field.metadata
+        for n, s in signs.items()
+        if getattr(m, n, None) is not None
+    ]
+    return ", ".join(limits)
+
+
+def defaults() -> dict[str, Any]:
+    """Dotted name -> default of every setting."""
+    return {row["setting"]: row["default"] for row in fields()}

@@ -1,0 +1,213 @@
+"""The model: a timm Vision Transformer seen token by token, on any subset of its patches.
+
+Every function takes a plain timm `VisionTransformer`; nothing of timm is copied or subclassed.
+A subset is given by patch indices in row-major order of the patch grid. Patches that are left
+out cost nothing: they are neither embedded nor attended to.
+"""
+
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor
+
+from .errors import BadInput
+from .paths import shipped
+
+VIT_MICRO = dict(img_size=24, patch_size=4, in_chans=1, embed_dim=96, depth=4, num_heads=3, mlp_ratio=2)
+VIT_MICRO_WEIGHTS = "data/vit_micro_letters.safetensors"
+
+
+def create_vit(
+    name: str = "vit_micro",
+    num_classes: int = 10,
+    *,
+    pretrained: bool = False,
+    checkpoint: str | Path | None = None,
+    image_size: int | None = None,
+    in_chans: int | None = None,
+) -> VisionTransformer:
+    """The shared initial model (method step 0): ViT-Micro, or any timm ViT by its timm name.
+
+    pretrained loads the shipped letter weights for `vit_micro` and timm's published weights for
+    every other name; checkpoint loads a local safetensors file instead. A classifier whose class
+    count differs is replaced by a fresh one, the same in every process. Raises BadInput for an
+    unknown name, a model that is no timm VisionTransformer, an image size that is not a multiple
+    of the patch, a download that fails, and a checkpoint that does not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name == "vit_micro":
+            vit = _create_micro(num_classes, image_size, in_chans)
+            checkpoint = checkpoint or (shipped(VIT_MICRO_WEIGHTS) if pretrained else None)
+        else:
+            vit = _create_timm(name, num_classes, pretrained and not checkpoint, image_size, in_chans)
+    if checkpoint:
+        _load_checkpoint(vit, Path(checkpoint))
+    return vit
+
+
+def _create_micro(num_classes: int, image_size: int | None, in_chans: int | None) -> VisionTransformer:
+    shape = dict(VIT_MICRO)
+    shape.update({k: v for k, v in dict(img_size=image_size, in_chans=in_chans).items() if v})
+    _check_multiple("vit_micro", shape["img_size"], shape["patch_size"])
+    vit = VisionTransformer(num_classes=num_classes, **shape)
+    channels = shape["in_chans"]
+    vit.pretrained_cfg = {"mean": (0.5,) * channels, "std": (0.25,) * channels}
+    return vit
+
+
+def _create_timm(
+    name: str, num_classes: int, pretrained: bool, image_size: int | None, in_chans: int | None
+) -> VisionTransformer:
+    if not timm.is_model(name):
+        raise BadInput(
+            f"model.name={name!r} is unknown: allowed are 'vit_micro' and timm's Vision Transformers, "
+            "such as 'deit_tiny_patch16_224' (all: timm.list_models('*vit*'))"
+        )
+    options = {k: v for k, v in dict(img_size=image_size, in_chans=in_chans).items() if v}
+    if image_size and "_patch" in name:
+        _check_multiple(name, image_size, int(name.split("_patch")[1].split("_")[0]))
+    try:
+        vit = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
+    except (OSError, RuntimeError, ConnectionError) as error:
+        if not pretrained:
+            raise
+        raise BadInput(
+            f"model.pretrained=true: the weights of {name!r} could not be downloaded "
+            f"({type(error).__name__}); give a local safetensors file as model.checkpoint=PATH"
+        ) from error
+    if not isinstance(vit, VisionTransformer) or vit.cls_token is None or vit.pos_embed is None:
+        raise BadInput(
+            f"model.name={name!r} is a {type(vit).__name__}: allowed are timm VisionTransformers "
+            "with a CLS token and absolute position embedding"
+        )
+    return vit
+
+
+def _check_multiple(name: str, image_size: int, patch: int) -> None:
+    if image_size % patch:
+        raise BadInput(
+            f"model.image_size={image_size} is not a multiple of the patch of {name!r}: "
+            f"allowed are multiples of {patch}"
+        )
+
+
+def _load_checkpoint(vit: VisionTransformer, path: Path) -> None:
+    if not path.is_file():
+        raise BadInput(f"model.checkpoint={str(path)!r} does not exist: give a safetensors file")
+    try:
+        state = load_file(path)
+    except Exception as error:
+        raise BadInput(f"model.checkpoint={str(path)!r} is not a safetensors file: {error}") from error
+    # timm's own filter renames old keys and resamples position embeddings to the image size
+    state = checkpoint_filter_fn(state, vit)
+    wanted = vit.state_dict()
+    state = {k: v for k, v in state.items() if not (k.startswith("head") and wanted[k].shape != v.shape)}
+    wrong = sorted(k for k in state if k not in wanted or state[k].shape != wanted[k].shape)
+    missing = sorted(k for k in wanted if k not in state and not k.startswith("head"))
+    if wrong or missing:
+        raise BadInput(
+            f"model.checkpoint={str(path)!r} does not fit the model: "
+            f"{(wrong + missing)[0]!r} is {'of another shape or unknown' if wrong else 'missing'}"
+        )
+    vit.load_state_dict(state, strict=False)
+
+
+def grid_size(vit: VisionTransformer) -> tuple[int, int]:
+    """Rows and columns of the patch grid; N is their product."""
+    return vit.patch_embed.grid_size
+
+
+def normalisation(vit: VisionTransformer) -> tuple[Tensor, Tensor]:
+    """Mean and std (ch, 1, 1) of the pixels that the model expects, from its own configuration."""
+    return tuple(torch.tensor(vit.pretrained_cfg[k]).view(-1, 1, 1) for k in ("mean", "std"))
+
+
+def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Images (B, ch, H, W) cut into patches (B, N, ch·p·p), row-major."""
+    return F.unfold(images, kernel_size=patch, stride=patch).transpose(1, 2)
+
+
+def unpatchify(patches: Tensor, patch: tuple[int, int], image_size: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify`: (B, N, ch·p·p) back to images (B, ch, H, W)."""
+    return F.fold(patches.transpose(1, 2), image_size, kernel_size=patch, stride=patch)
+
+
+def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (B, M) of tokens (B, N, d): (B, M, d)."""
+    return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[-1]))
+
+
+def embed_patches(vit: VisionTransformer, patches: Tensor, position: Tensor) -> Tensor:
+    """Patches (B, M, ch·p·p) at grid positions (B, M) -> the blocks' input (B, P + M, d).
+
+    P prefix tokens (CLS first) come before the patches, as in timm.
+    """
+    convolution = vit.patch_embed.proj
+    tokens = F.linear(patches, convolution.weight.flatten(1), convolution.bias)
+    tokens = vit.patch_embed.norm(tokens)
+    names = ("cls_token", "dist_token", "reg_token")  # timm's order
+    prefix = [getattr(vit, n) for n in names if getattr(vit, n, None) is not None]
+    prefix = torch.cat(prefix, dim=1)
+    at_patches = vit.pos_embed
+    if not vit.no_embed_class:
+        prefix = prefix + vit.pos_embed[:, : prefix.shape[1]]
+        at_patches = vit.pos_embed[:, prefix.shape[1] :]
+    tokens = tokens + at_patches[0][position]
+    tokens = torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)
+    return vit.norm_pre(vit.pos_drop(tokens))
+
+
+def patch_features(vit: VisionTransformer, patches: Tensor, position: Tensor) -> Tensor:
+    """Normalised output tokens (B, P + M, d) of patches (B, M, ch·p·p) at positions (B, M)."""
+    return vit.norm(vit.blocks(embed_patches(vit, patches, position)))
+
+
+def forward_tokens(
+    vit: VisionTransformer, images: Tensor, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Class logits z^0 (B, C) and token logits z^i (B, M, C) of images (B, ch, H, W).
+
+    keep (B, M): patch indices in [0, N), default all. z^i = h(norm(token_i)).
+    """
+    features = patch_features(vit, *kept_patches(vit, images, keep))
+    return vit.forward_head(features), token_logits(vit, features)
+
+
+def token_logits(vit: VisionTransformer, features: Tensor) -> Tensor:
+    """The classifier head on every patch token: (B, P + M, d) -> (B, M, C)."""
+    return vit.head(vit.fc_norm(features[:, vit.num_prefix_tokens :]))
+
+
+def kept_patches(vit: VisionTransformer, images: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The kept patches (B, M, ch·p·p) of images and their positions (B, M)."""
+    patches = patchify(images, vit.patch_embed.patch_size)
+    if keep is None:
+        return patches, torch.arange(patches.shape[1], device=images.device).expand(len(images), -1)
+    return gather_tokens(patches, keep), keep
+
+
+def cls_attention(vit: VisionTransformer, images: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Attention of CLS to each patch in the last block, mean over heads (SMI's importance).
+
+    images (B, ch, H, W); keep (B, M) patch indices in [0, N), default all.
+    Returns (B, M); rows sum to less than one: CLS attends to itself too.
+    """
+    return patch_importance(vit, *kept_patches(vit, images, keep))
+
+
+def patch_importance(vit: VisionTransformer, patches: Tensor, position: Tensor) -> Tensor:
+    """`cls_attention` for patches (B, M, ch·p·p) at grid positions (B, M)."""
+    tokens = vit.blocks[:-1](embed_patches(vit, patches, position))
+    attention = vit.blocks[-1].attn
+    tokens = vit.blocks[-1].norm1(tokens)
+    batch, length, _ = tokens.shape
+    qkv = attention.qkv(tokens).view(batch, length, 3, attention.num_heads, attention.head_dim)
+    query = attention.q_norm(qkv[:, :1, 0].transpose(1, 2))  # (B, heads, 1, d): the CLS row alone
+    key = attention.k_norm(qkv[:, :, 1].transpose(1, 2))
+    weights = (attention.scale * query @ key.transpose(-2, -1)).softmax(dim=-1)
+    return weights[:, :, 0, vit.num_prefix_tokens :].mean(dim=1)

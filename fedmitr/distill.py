@@ -1,6 +1,8 @@
 """Distillation: synthetic images, labels and token labels in, one global model out (method step 5)."""
 
+import itertools
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,8 @@ from .runtime import generator
 from .scenes import texture
 from .settings import DistillSettings, RelabelSettings
 from .vit import forward_tokens, grid_size, normalisation
+
+VIEW_BATCH = 256  # images that the teacher labels together
 
 
 def distill(
@@ -38,12 +42,19 @@ def distill(
     optimizer = make_optimizer(student, "adamw", settings.lr, settings.weight_decay)
     schedule = make_schedule(optimizer, "one_cycle", settings.steps)
     of_background = background_labels(ensemble, synthetic, relabel.temperature)
-    batches = endless_batches(len(synthetic), settings, rng)
-    for _ in range(settings.steps):
-        pick = next(batches)
+
+    def fresh(pick: Tensor) -> tuple[Tensor, ...]:
         images, mask, labels = view(student, synthetic, pick, settings, rng)
         teacher, soft = soft_token_labels(ensemble, images, of_background[pick], relabel)
-        tokens = token_targets(labels, mask, soft, relabel)
+        return images, teacher, labels, token_targets(labels, mask, soft, relabel)
+
+    draw, count = fresh, len(synthetic)
+    if settings.views:  # the teacher, K forwards an image, labels every view once
+        drawn = zip(*map(fresh, epochs(count, VIEW_BATCH, rng, settings.views)), strict=True)
+        pool = [torch.cat(column) for column in drawn]
+        draw, count = lambda pick: tuple(column[pick] for column in pool), len(pool[0])
+    for pick in islice(epochs(count, settings.batch_size, rng), settings.steps):
+        images, teacher, labels, tokens = draw(pick)
         loss = distill_loss(student, images, teacher, labels, tokens, settings, relabel)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -123,9 +134,7 @@ def pixel_mask(mask: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Te
     return mask.view(-1, 1, *grid).repeat_interleave(height, 2).repeat_interleave(width, 3)
 
 
-def endless_batches(count: int, settings: DistillSettings, rng: torch.Generator) -> Iterator[Tensor]:
-    """Indices of batch after batch, each image once an epoch."""
-    while True:
-        order = torch.randperm(count, generator=rng)
-        full = order.split(min(settings.batch_size, count))
-        yield from (b for b in full if len(b) == min(settings.batch_size, count))
+def epochs(count: int, batch_size: int, rng: torch.Generator, times: int | None = None) -> Iterator[Tensor]:
+    """Indices of batch after batch, each of `count` once an epoch, for ever or `times` epochs."""
+    for _ in itertools.count() if times is None else range(times):
+        yield from torch.randperm(count, generator=rng).split(batch_size)

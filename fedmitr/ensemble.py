@@ -11,13 +11,15 @@ from .settings import EnsembleSettings
 from .upload import Upload, check_same_shape
 from .vit import forward_tokens, kept_patches, patch_features, patch_importance
 
+ON_LOGITS = ("mean_logits", "class")  # the other modes combine probabilities
+
 
 class Ensemble(nn.Module):
     """K frozen uploaded models and the weights that combine them.
 
     weights is (K, 1), or (K, C) when each class has its own; columns sum to one. The modes are
     `mean_probs` and `mean_logits` (1/K each), `size` (n_k / n, on probabilities) and `class`
-    (c_k[y] / Σ_j c_j[y], on probabilities; FedFTG, Zhang et al. 2022, Eq. 9).
+    (c_k[y] / Σ_j c_j[y], on logits: who has seen a class decides on it; FedFTG, Zhang et al. 2022).
     """
 
     def __init__(self, uploads: Sequence[Upload], settings: EnsembleSettings | None = None) -> None:
@@ -52,11 +54,9 @@ class Ensemble(nn.Module):
     def combine(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
         """Clients' logits (K, ..., C) to the ensemble's log-probabilities (..., C)."""
         weights = self.weights.view(len(logits), *[1] * (logits.ndim - 2), -1)
-        if self.mode == "mean_logits":
+        if self.mode in ON_LOGITS:
             return F.log_softmax((weights * logits).sum(dim=0) / temperature, dim=-1)
-        # in logarithms throughout: Σ_k w_k p_k must not underflow for a class no client believes in
-        log_mix = torch.logsumexp(F.log_softmax(logits / temperature, dim=-1) + weights.log(), dim=0)
-        return F.log_softmax(log_mix, dim=-1)
+        return torch.logsumexp(F.log_softmax(logits / temperature, dim=-1) + weights.log(), dim=0)
 
     @staticmethod
     def _class_logits(member: nn.Module, patches: Tensor, position: Tensor) -> Tensor:

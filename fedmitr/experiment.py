@@ -13,7 +13,6 @@ import torch
 from pydantic import BaseModel
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .client import local_steps, train_client
 from .errors import BadInput
@@ -22,7 +21,7 @@ from .methods.fedmitr import distill_key, inversion_keys
 from .metrics import accuracy, accuracy_per_class
 from .partition import partition
 from .paths import default_store, shipped
-from .runtime import versions
+from .runtime import progress, versions
 from .settings import Settings
 from .store import Store, fingerprint
 from .tasks import Split, Task, load_task
@@ -54,9 +53,10 @@ class Result(BaseModel):
 class Experiment:
     """The clients of one setting, made on demand: task, shards, shared model, uploads."""
 
-    def __init__(self, settings: Settings, store: Store | Path | str) -> None:
+    def __init__(self, settings: Settings, store: Store | Path | str | None = None) -> None:
+        """The store is a folder; by default $FEDMITR_STORE, else data/store."""
         self.settings = settings
-        self.store = store if isinstance(store, Store) else Store(store)
+        self.store = store if isinstance(store, Store) else Store(store or default_store())
 
     @cached_property
     def initial(self) -> VisionTransformer:
@@ -100,9 +100,7 @@ class Experiment:
     def _train(self, clients: Sequence[tuple[int, Tensor]], key_of, title: str) -> list[Upload]:
         settings = self.settings.client
         uploads = []
-        with tqdm(
-            total=sum(local_steps(len(s), settings) for _, s in clients), desc=title, unit="step"
-        ) as bar:
+        with progress(sum(local_steps(len(s), settings) for _, s in clients), title, "step") as bar:
             for client, index in clients:
                 shard, before = self.task.train.subset(index), bar.n
 
@@ -208,6 +206,6 @@ def run(method: str, settings: Settings | None = None, store: Path | str | None 
     """
     if method not in METHODS:
         raise BadInput(f"method={method!r} is unknown: allowed are {', '.join(METHODS)}")
-    experiment = Experiment(settings or Settings.load(), store or default_store())
+    experiment = Experiment(settings or Settings.load(), store)
     experiment.check()
     return experiment.result(method)

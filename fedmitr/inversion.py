@@ -194,7 +194,7 @@ def total_variation(images: Tensor) -> Tensor:
 def remaining(count: int, ratios: Sequence[float]) -> int:
     """Patches left of count after stops that each take a share of the remaining (at least one stays)."""
     for ratio in ratios:
-        count = max(1, count - math.floor(count * ratio + 0.5))
+        count = max(1, math.floor(count * (1 - ratio) + 0.5))
     return count
 
 

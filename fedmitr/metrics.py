@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .ensemble import Ensemble
@@ -54,3 +55,24 @@ def foreground_kept(foreground: Tensor, mask: Tensor, patch: int) -> Tensor:
     """Share of each image's true foreground area (n, 1, H, W) that lies in surviving patches (n, N): (n,)."""
     area = patch_share(foreground, patch)
     return (area * mask).sum(1) / area.sum(1).clamp(min=1e-9)
+
+
+def label_skew(counts: Tensor) -> Tensor:
+    """How far each client's class mix is from everyone's (K,), from class counts (K, C).
+
+    Total variation distance: 0 where the mixes agree, near 1 where they share no class.
+    """
+    own, common = counts / counts.sum(1, keepdim=True), counts.sum(0) / counts.sum()
+    return (own - common).abs().sum(1) / 2
+
+
+def forward_flops(vit: VisionTransformer, patches: int) -> int:
+    """Floating-point operations of one image's forward pass on that many patches.
+
+    Matrix products only, a multiply-add as two: embedding, the blocks' linear layers, and attention,
+    which grows with the square of the tokens.
+    """
+    tokens, width = patches + vit.num_prefix_tokens, vit.embed_dim
+    linear = sum(m.weight.numel() for m in vit.blocks.modules() if isinstance(m, nn.Linear))
+    attention = 2 * tokens * tokens * width * len(vit.blocks)
+    return 2 * (patches * vit.patch_embed.proj.weight.numel() + tokens * linear + attention)

@@ -1,10 +1,12 @@
-"""What every stage needs from the machine: a device, seeds that do not collide, version facts."""
+"""What every stage needs from the machine: a device, seeds that do not collide, progress, version facts."""
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 
 import torch
+from tqdm.auto import tqdm
 
 PACKAGES = ("fedmitr", "torch", "torchvision", "timm", "numpy", "scikit-learn", "pydantic", "safetensors")
 OPTIONAL = ("dask", "ray", "flwr")
@@ -24,6 +26,16 @@ def derive_seed(seed: int, *names: object) -> int:
 def generator(seed: int, *names: object) -> torch.Generator:
     """A CPU generator for one named use; draws on the CPU are the same on every device."""
     return torch.Generator().manual_seed(derive_seed(seed, *names))
+
+
+def static() -> bool:
+    """True where outputs are stored, not watched ($FEDMITR_STATIC=1): no progress bars, no sliders."""
+    return bool(os.environ.get("FEDMITR_STATIC"))
+
+
+def progress(total: int, title: str, unit: str) -> tqdm:
+    """A progress bar on stderr, or in the notebook."""
+    return tqdm(total=total, desc=title, unit=unit, disable=static())
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:

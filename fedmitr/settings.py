@@ -91,7 +91,7 @@ class EnsembleSettings(Block):
     """How the uploads become one teacher."""
 
     mode: Literal["mean_probs", "mean_logits", "size", "class"] = setting(
-        "mean_probs",
+        "class",
         "mean of probabilities or logits, weighted by n_k, or by class counts c_k",
         "choice; FedFTG: class",
     )
@@ -159,6 +159,9 @@ class DistillSettings(Block):
     ce_weight: NotNegative = setting(0.0, "λ_ce, cross-entropy of CLS to the target", "choice")
     token_weight: NotNegative = setting(0.1, "λ_tok, loss of the patch tokens", "choice")
     background: Literal["keep", "texture"] = setting("keep", "low-density patches in each view", "choice")
+    views: int = setting(
+        8, "random views drawn of each image, labelled by the teacher once; 0: new ones every step", ge=0
+    )
     textures: Share = setting(0.25, "share of a batch that is pure smooth random texture", "ours")
     augment: Share = setting(0.7, "strength of random scale, rotation and shift of pixels and mask")
 

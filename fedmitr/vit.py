@@ -11,7 +11,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
 from .errors import BadInput
@@ -63,7 +64,7 @@ def _create_micro(num_classes: int, image_size: int | None, in_chans: int | None
 def _create_timm(
     name: str, num_classes: int, pretrained: bool, image_size: int | None, in_chans: int | None
 ) -> VisionTransformer:
-    if not timm.is_model(name):
+    if not _known_to_timm(name):
         raise BadInput(
             f"model.name={name!r} is unknown: allowed are 'vit_micro' and timm's Vision Transformers, "
             "such as 'deit_tiny_patch16_224' (all: timm.list_models('*vit*'))"
@@ -73,6 +74,8 @@ def _create_timm(
         _check_multiple(name, image_size, int(name.split("_patch")[1].split("_")[0]))
     try:
         vit = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
+    except TypeError:  # a network that takes no image size: no Vision Transformer
+        vit = None
     except (OSError, RuntimeError, ConnectionError) as error:
         if not pretrained:
             raise
@@ -80,12 +83,32 @@ def _create_timm(
             f"model.pretrained=true: the weights of {name!r} could not be downloaded "
             f"({type(error).__name__}); give a local safetensors file as model.checkpoint=PATH"
         ) from error
-    if not isinstance(vit, VisionTransformer) or vit.cls_token is None or vit.pos_embed is None:
+    if not _is_plain(vit):
         raise BadInput(
-            f"model.name={name!r} is a {type(vit).__name__}: allowed are timm VisionTransformers "
-            "with a CLS token and absolute position embedding"
+            f"model.name={name!r} cannot be used: allowed are timm VisionTransformers with a CLS token, "
+            "absolute position embedding, patches cut from the image and plain blocks"
         )
+    _check_multiple(name, vit.patch_embed.img_size[0], vit.patch_embed.patch_size[0])
     return vit
+
+
+def _known_to_timm(name: str) -> bool:
+    try:
+        timm.get_pretrained_cfg(name)  # raises for an unknown tag after the dot
+    except RuntimeError:
+        return False
+    return timm.is_model(name)
+
+
+def _is_plain(vit: object) -> bool:
+    """Whether a subset of patches can be embedded on its own and CLS attention read off."""
+    return (
+        isinstance(vit, VisionTransformer)
+        and vit.cls_token is not None
+        and vit.pos_embed is not None
+        and isinstance(vit.patch_embed, PatchEmbed)
+        and all(isinstance(block, Block) for block in vit.blocks)
+    )
 
 
 def _check_multiple(name: str, image_size: int, patch: int) -> None:
@@ -103,10 +126,15 @@ def _load_checkpoint(vit: VisionTransformer, path: Path) -> None:
         state = load_file(path)
     except Exception as error:
         raise BadInput(f"model.checkpoint={str(path)!r} is not a safetensors file: {error}") from error
-    # timm's own filter renames old keys and resamples position embeddings to the image size
-    state = checkpoint_filter_fn(state, vit)
+    try:  # timm's own filter renames old keys and resamples position embeddings to the image size
+        state = checkpoint_filter_fn(state, vit)
+    except Exception as error:
+        raise BadInput(f"model.checkpoint={str(path)!r} does not fit the model: {error}") from error
     wanted = vit.state_dict()
-    state = {k: v for k, v in state.items() if not (k.startswith("head") and wanted[k].shape != v.shape)}
+    other_head = [
+        k for k in wanted.keys() & state if k.startswith("head") and wanted[k].shape != state[k].shape
+    ]
+    state = {k: v for k, v in state.items() if k not in other_head}
     wrong = sorted(k for k in state if k not in wanted or state[k].shape != wanted[k].shape)
     missing = sorted(k for k in wanted if k not in state and not k.startswith("head"))
     if wrong or missing:

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from timm.models.vision_transformer import VisionTransformer
-from tqdm.auto import tqdm
 
 from ..distill import distill
 from ..ensemble import Ensemble
 from ..inversion import SyntheticSet, invert, label_batches, load_synthetic, save_synthetic
-from ..runtime import derive_seed, device
+from ..runtime import derive_seed, device, progress
 from ..settings import Settings
 from ..store import Store, fingerprint, read_tensors, write_tensors
 from ..upload import Upload, average_weights
@@ -32,13 +31,18 @@ def inversion_keys(uploads: Sequence[Upload], settings: Settings) -> list[str]:
     return [fingerprint("synthetic", made_by, settings.seed, index) for index in range(batches)]
 
 
-def synthetic_set(uploads: Sequence[Upload], settings: Settings, store: Store) -> SyntheticSet:
-    """Invert the ensemble of the uploads, batch by batch; finished batches come from the store."""
-    keys = inversion_keys(uploads, settings)
+def synthetic_set(
+    uploads: Sequence[Upload], settings: Settings, store: Store, first: int | None = None
+) -> SyntheticSet:
+    """Invert the ensemble of the uploads, batch by batch; finished batches come from the store.
+
+    first: stop after that many batches, default all.
+    """
+    keys = inversion_keys(uploads, settings)[:first]
     ensemble = Ensemble(uploads, settings.ensemble).to(device())
-    batches = label_batches(settings.inversion, ensemble.num_classes, settings.seed)
+    batches = label_batches(settings.inversion, ensemble.num_classes, settings.seed)[:first]
     parts = []
-    with tqdm(total=len(keys) * settings.inversion.iterations, desc="inversion", unit="it") as bar:
+    with progress(len(keys) * settings.inversion.iterations, "inversion", "it") as bar:
         for index, (key, labels) in enumerate(zip(keys, batches, strict=True)):
             seed, before = derive_seed(settings.seed, "batch", index), bar.n
 
@@ -64,7 +68,7 @@ def global_model(
 
     def make() -> VisionTransformer:
         ensemble = Ensemble(uploads, settings.ensemble).to(device())
-        with tqdm(total=settings.distill.steps, desc="distillation", unit="step") as bar:
+        with progress(settings.distill.steps, "distillation", "step") as bar:
             return distill(
                 student,
                 ensemble,

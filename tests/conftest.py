@@ -1,0 +1,95 @@
+"""What every test shares: tiny models with large weights, uploads made of them, small settings."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings as hypothesis_settings
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import fedmitr as fm
+from fedmitr.settings import InversionSettings, TaskSettings
+from fedmitr.upload import ModelShape
+from fedmitr.vit import normalisation
+
+hypothesis_settings.register_profile("suite", derandomize=True, deadline=None, max_examples=25, database=None)
+hypothesis_settings.load_profile("suite")
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+CLASSES = 10
+
+
+def loud(vit, seed: int, scale: float = 0.15):
+    """A ViT with weights large enough that CLS, positions and every token tell in the output."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in vit.parameters():
+            p += scale * torch.randn(p.shape, generator=rng)
+    return vit.eval()
+
+
+def make_upload(client: int, counts: tuple[int, ...], scale: float = 0.15) -> fm.Upload:
+    """An upload of a random ViT-Micro."""
+    vit = loud(fm.create_vit("vit_micro", CLASSES), seed=100 + client, scale=scale)
+    weights = {k: v.detach().clone() for k, v in vit.state_dict().items()}
+    return fm.Upload(client, sum(counts), ModelShape.of("vit_micro", vit), weights, counts)
+
+
+@pytest.fixture(scope="session")
+def micro():
+    """ViT-Micro with loud random weights."""
+    return loud(fm.create_vit("vit_micro", CLASSES), seed=0).requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def images():
+    return torch.randn(3, 1, 24, 24, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def uploads():
+    """Three clients of different size; class 9 is held by nobody."""
+    return [
+        make_upload(0, (9, 8, 7, 0, 0, 0, 0, 0, 0, 0)),
+        make_upload(1, (0, 2, 0, 4, 6, 8, 0, 0, 0, 0)),
+        make_upload(2, (1, 0, 0, 0, 0, 3, 5, 2, 1, 0)),
+    ]
+
+
+@pytest.fixture(scope="session")
+def ensemble(uploads):
+    return fm.Ensemble(uploads)
+
+
+@pytest.fixture(scope="session")
+def task(micro):
+    return fm.load_task(TaskSettings(), 0, 24, normalisation(micro))
+
+
+@pytest.fixture(scope="session")
+def quick():
+    """Inversion of a few iterations with two stops: 36, then 25, then 18 patches."""
+    return InversionSettings(images=4, batch_size=4, iterations=8, stop_at=(2, 5), stop_ratio=(0.3, 0.3))
+
+
+@pytest.fixture(scope="session")
+def synthetic():
+    """Ten random images with 9 of 36 patches kept in each."""
+    rng = torch.Generator().manual_seed(2)
+    mask = torch.rand(10, 36, generator=rng).argsort(dim=1) < 9
+    pixels = torch.randn(10, 1, 24, 24, generator=rng)
+    return fm.SyntheticSet(pixels, torch.arange(10), mask, torch.zeros(10))
+
+
+@pytest.fixture
+def one_line(capsys):
+    """Asserts that an error is a single line that holds the given words."""
+
+    def check(error: BaseException, *words: str) -> None:
+        text = str(error)
+        assert text and "\n" not in text
+        for word in words:
+            assert word in text, text
+
+    return check

@@ -8,7 +8,10 @@ from .scenes import random_affine
 
 
 def random_maps(n: int, strength: float, rng: torch.Generator) -> Tensor:
-    """Affine maps (n, 2, 3); at strength 1 scale 0.75 to 1.25, rotation ±20°, shift ±1/5 of the side, shear 0.2."""
+    """Affine maps (n, 2, 3).
+
+    At strength 1: scale 0.75 to 1.25, rotation to 20°, shift to a fifth of the side, shear to 0.2.
+    """
     return random_affine(
         n,
         rng,

@@ -19,7 +19,7 @@ from torch import Tensor
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILLION, PINK = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 OKABE_ITO = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PINK, YELLOW, BLACK)
-CLASSES = (*OKABE_ITO[:7], "#999999", "#DDDDDD", "#555555")  # a label map prints the class as well
+CLASSES = (*OKABE_ITO[:7], "#BBBBBB", "#777777", BLACK)  # label maps print the class as well
 METHODS = {"FedMITR": VERMILLION, "ensemble": BLUE, "FedAvg": ORANGE, "central": GREEN}
 
 DPI, SHOWN = 150, 96
@@ -70,15 +70,21 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def picture_grid(
-    rows: int, columns: int, cell: float, left: float, right: float = 0.1
+    rows: int, columns: int, cell: float, left: float, right: float = 0.1, head: float = 0.5
 ) -> tuple[Figure, np.ndarray]:
     """Rows and columns of square pictures, with room for names on the left."""
-    figure = new_figure(left + columns * cell + right, rows * cell + 0.5)
+    figure = new_figure(left + columns * cell + right, rows * cell + head)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
+        bare(axis)
     return figure, axes
+
+
+def bare(axis: Axes) -> None:
+    """No ticks and no frame: the axes of a picture."""
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
 
 
 def name_rows(axes: np.ndarray, names: Sequence[str]) -> None:
@@ -94,7 +100,7 @@ def frame_title(history: Mapping[str, Tensor], index: int) -> str:
 def draw_image(axis: Axes, image: np.ndarray, mask: Tensor | None = None) -> None:
     """A picture of fixed scale; a line around the patches of mask (N,), unless it holds all."""
     axis.imshow(image, cmap="gray", vmin=0, vmax=1)
-    axis.set(xticks=[], yticks=[])
+    bare(axis)
     if mask is not None and not mask.all():
         draw_outline(axis, square(mask).numpy(), color=ORANGE, cell=image.shape[0] / math.isqrt(len(mask)))
 
@@ -104,7 +110,9 @@ def draw_outline(axis: Axes, inside: np.ndarray, color: str, cell: float = 1.0) 
     framed = np.pad(inside, 1).astype(int)
     lines = [((c, r), (c + 1, r)) for r, c in np.argwhere(np.diff(framed, axis=0)[:, 1:-1])]
     lines += [((c, r), (c, r + 1)) for r, c in np.argwhere(np.diff(framed, axis=1)[1:-1])]
-    axis.add_collection(LineCollection(np.array(lines) * cell - 0.5, colors=color, linewidths=1.6))
+    axis.add_collection(
+        LineCollection(np.array(lines) * cell - 0.5, colors=color, linewidths=1.6, clip_on=False)
+    )
 
 
 def draw_counts(
@@ -127,7 +135,7 @@ def write_cells(axis: Axes, values: np.ndarray, texts: Sequence[str], high: floa
 
 def draw_bars(axis: Axes, scores: Mapping[str, float], chance: float | None) -> None:
     names, values = list(scores), list(scores.values())
-    bar = axis.barh(names, values, color=[METHODS.get(n, "#999999") for n in names])
+    bar = axis.barh(names, values, color=[METHODS.get(n.split(",")[0], "#999999") for n in names])
     axis.bar_label(bar, [f"{v:.2f}" for v in values], padding=3, fontsize=9)
     if chance is not None:
         axis.axvline(chance, color=BLACK, ls=":", lw=1.2)
@@ -142,7 +150,7 @@ def draw_tokens(axis: Axes, probabilities: Tensor, mask: Tensor) -> None:
     colors = 1 + (colors - 1) * best.numpy()[:, None]  # from white to the class's colour
     side = math.isqrt(len(mask))
     axis.imshow(colors.reshape(side, side, 3))
-    axis.set(xticks=[], yticks=[])
+    bare(axis)
     if side <= 8:
         for patch, (text, color) in enumerate(zip(label.tolist(), colors, strict=True)):
             ink = BLACK if color @ (0.3, 0.59, 0.11) > 0.5 else "white"

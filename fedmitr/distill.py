@@ -14,7 +14,7 @@ from .augment import random_maps, warp, warp_mask
 from .ensemble import Ensemble
 from .inversion import SyntheticSet
 from .optim import make_optimizer, make_schedule
-from .relabel import NO_TARGET, background_labels, soft_token_labels, tempered, token_targets
+from .relabel import background_labels, soft_token_labels, tempered, token_targets
 from .runtime import generator
 from .scenes import texture
 from .settings import DistillSettings, RelabelSettings
@@ -44,7 +44,8 @@ def distill(
     of_background = background_labels(ensemble, synthetic, relabel.temperature)
 
     def fresh(pick: Tensor) -> tuple[Tensor, ...]:
-        images, mask, labels = view(student, synthetic, pick, settings, rng)
+        images, mask = view(student, synthetic, pick, settings, rng)
+        labels = synthetic.labels[pick]
         teacher, soft = soft_token_labels(ensemble, images, of_background[pick], relabel)
         return images, teacher, labels, token_targets(labels, mask, soft, relabel)
 
@@ -85,7 +86,7 @@ def distill_loss(
     target = tempered(teacher, heat)
     loss = heat**2 * F.kl_div(F.log_softmax(of_cls / heat, dim=-1), target, reduction="batchmean")
     if settings.ce_weight:
-        loss = loss + settings.ce_weight * F.cross_entropy(of_cls, labels, ignore_index=NO_TARGET)
+        loss = loss + settings.ce_weight * F.cross_entropy(of_cls, labels)
     if use_tokens:
         loss = loss + settings.token_weight * F.cross_entropy(of_tokens.flatten(0, 1), tokens.flatten(0, 1))
     return loss
@@ -97,26 +98,21 @@ def view(
     pick: Tensor,
     settings: DistillSettings,
     rng: torch.Generator,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A random view of images `pick`: pixels (B, ch, H, W), patch mask (B, N) and labels (B,).
+) -> tuple[Tensor, Tensor]:
+    """A random view of images `pick` (B,): pixels (B, ch, H, W) and patch mask (B, N), moved together.
 
-    Pixels and mask move together. The last `textures` share of the batch is pure texture, with no
-    surviving patch and no target.
+    With background=texture the low-information patches show a fresh texture in every view, so that
+    the student cannot learn from what surrounded the foreground.
     """
-    images, mask, labels = synthetic.pixels[pick], synthetic.mask[pick], synthetic.labels[pick].clone()
+    images, mask = synthetic.pixels[pick], synthetic.mask[pick]
     grid = grid_size(student)
     if settings.augment:
         maps = random_maps(len(pick), settings.augment, rng)
         images, mask = warp(images, maps), warp_mask(mask, maps, grid)
-    plain = round(settings.textures * len(pick))
-    if settings.background == "texture" or plain:
-        clutter = random_textures(student, images, rng)
-        if settings.background == "texture":
-            images = torch.where(pixel_mask(mask, grid, images.shape[-2:]), images, clutter)
-        if plain:
-            images = torch.cat([images[:-plain], clutter[-plain:]])
-            mask[-plain:], labels[-plain:] = False, NO_TARGET
-    return images, mask, labels
+    if settings.background == "texture":
+        foreground = pixel_mask(mask, grid, images.shape[-2:])
+        images = torch.where(foreground, images, random_textures(student, images, rng))
+    return images, mask
 
 
 def random_textures(student: VisionTransformer, like: Tensor, rng: torch.Generator) -> Tensor:

@@ -3,7 +3,6 @@
 This is the only room that sees both sides. Clients get shards and give uploads; methods get uploads.
 """
 
-import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,13 +19,13 @@ from .methods import METHODS
 from .methods.fedmitr import distill_key, inversion_keys
 from .metrics import accuracy, accuracy_per_class
 from .partition import partition
-from .paths import default_store, shipped
+from .paths import default_store
 from .runtime import progress, versions
 from .settings import Settings
 from .store import Store, fingerprint
 from .tasks import Split, Task, load_task
 from .upload import Upload
-from .vit import VIT_MICRO_WEIGHTS, create_vit, normalisation
+from .vit import create_vit, normalisation, weights_digest
 
 
 class Result(BaseModel):
@@ -129,7 +128,13 @@ class Experiment:
     @property
     def _client_settings(self) -> list[Any]:
         s = self.settings
-        return [s.seed, s.task.model_dump(), s.client.model_dump(), s.model.model_dump(), weights_digest(s)]
+        return [
+            s.seed,
+            s.task.model_dump(),
+            s.client.model_dump(),
+            s.model.model_dump(),
+            weights_digest(s.model),
+        ]
 
     def models(self, method: str) -> list[nn.Module]:
         """The models that a method leaves out: one, or one per client for `local`."""
@@ -188,15 +193,6 @@ class Experiment:
 
 def _write_result(result: Result, folder: Path) -> None:
     (folder / "result.json").write_text(result.model_dump_json(indent=1) + "\n")
-
-
-def weights_digest(settings: Settings) -> str:
-    """A hash of the initial weights' file, or the name of the published ones."""
-    model = settings.model
-    path = model.checkpoint or (shipped(VIT_MICRO_WEIGHTS) if model.name == "vit_micro" else None)
-    if path is None or not model.pretrained and not model.checkpoint:
-        return f"{model.name}:{model.pretrained}"
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def run(method: str, settings: Settings | None = None, store: Path | str | None = None) -> Result:

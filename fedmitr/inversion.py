@@ -4,9 +4,8 @@ Noise is optimised until the ensemble sees the wanted class in it. At each stop 
 attends to least leave for good: from then on they get no forward, no gradient, no update
 (method step 3; SMI, Hu et al. 2024). An empty schedule of stops is dense inversion.
 
-Jitter and flip without resampling: a view shows the same patches at other places of the grid. A
-shift by whole patches moves a patch's position on the torus of the grid; a flip mirrors its column
-and its pixels. So the kept set follows a view exactly, at no cost, whatever was stopped.
+Jitter and flip: a view is the image rolled by some pixels and perhaps mirrored, and the kept set
+moves with it. Of the view only the patches at the moved places are embedded; `move` gives the places.
 """
 
 import math
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ensemble import Ensemble
-from .runtime import generator
+from .runtime import device, generator
 from .settings import InversionSettings
 from .store import read_tensors, write_tensors
 from .vit import gather_tokens, grid_size, patchify, unpatchify
@@ -108,12 +107,11 @@ def invert(
             canvas = _freeze(canvas, keep, live.patches.detach(), survivors, settings.background, rng)
             keep = keep.gather(1, survivors)
             live.keep(survivors)
-        position, view = random_view(live.patches, keep, (rows, columns), shape[1], patch, settings, rng)
-        log_probs = ensemble.forward_patches(view, position)
+        image = unpatchify(_scatter(canvas, keep, live.patches), patch, side)
+        log_probs = ensemble.forward_patches(*random_view(image, keep, patch, settings, rng))
         cross_entropy = F.nll_loss(log_probs, labels, reduction="none")
         loss = settings.ce * cross_entropy
         if settings.tv:
-            image = unpatchify(_scatter(canvas, keep, live.patches), patch, side)
             loss = loss + settings.tv * total_variation(image)
         if settings.l2:
             loss = loss + settings.l2 * live.patches.square().sum(dim=(1, 2))
@@ -127,9 +125,12 @@ def invert(
         if progress:
             progress(1)
 
-    patches, final = live.patches.detach(), cross_entropy.detach()
     if settings.keep_best:
         patches, final = best.patches, best.cross_entropy
+    else:
+        patches = live.patches.detach()
+        with torch.inference_mode():
+            final = F.nll_loss(ensemble.forward_patches(patches, keep), labels, reduction="none").clone()
     history = {name: torch.stack(values).cpu() for name, values in log.items()}
     history["frame_at"] = torch.tensor([f[0] for f in frames])
     history["frames"] = torch.stack([unpatchify(f[1][:20], patch, side) for f in frames]).cpu()
@@ -139,49 +140,36 @@ def invert(
 
 
 def random_view(
-    patches: Tensor,
-    keep: Tensor,
-    grid: tuple[int, int],
-    channels: int,
-    patch: tuple[int, int],
-    settings: InversionSettings,
-    rng: torch.Generator,
+    image: Tensor, keep: Tensor, patch: tuple[int, int], settings: InversionSettings, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """One random view of kept patches (B, M, ch·p·p) at indices (B, M): positions (B, M) and pixels.
+    """One random view of images (B, ch, H, W): the kept patches (B, M, ch·p·p) and their positions (B, M).
 
-    Every image draws its own shift, up to `jitter` of the side in whole patches (at least one where
-    jitter is on), and its own flip.
+    The whole batch shares one shift of up to `jitter` of each side, in pixels, and one flip (as SMI).
     """
-    batch = len(patches)
-    draws = [
-        torch.randint(-n, n + 1, (batch,), generator=rng)
-        for n in (jitter_patches(settings.jitter, g) for g in grid)
-    ]
-    flip = (torch.rand(batch, generator=rng) < 0.5) if settings.flip else torch.zeros(batch, dtype=torch.bool)
-    shift = torch.stack(draws, dim=1).to(patches.device)
-    flip = flip.to(patches.device)
-    position = move(keep, shift, flip, grid)
-    if settings.flip:
-        mirrored = patches.unflatten(2, (channels, *patch)).flip(-1).flatten(2)
-        patches = torch.where(flip[:, None, None], mirrored, patches)
-    return position, patches
+    sides = image.shape[-2:]
+    limits = [round(settings.jitter * side) for side in sides]
+    shift = tuple(int(torch.randint(-n, n + 1, (1,), generator=rng)) for n in limits)
+    flip = settings.flip and bool(torch.rand(1, generator=rng) < 0.5)
+    view = torch.roll(image, shift, dims=(-2, -1))
+    view = view.flip(-1) if flip else view
+    grid = (sides[0] // patch[0], sides[1] // patch[1])
+    position = move(keep, shift, flip, grid, patch)
+    return gather_tokens(patchify(view, patch), position), position
 
 
-def jitter_patches(jitter: float, cells: int) -> int:
-    """Largest shift in patches: `jitter` of the side, rounded, but one where jitter is not zero."""
-    return max(1, round(jitter * cells)) if jitter else 0
+def move(
+    index: Tensor, shift: tuple[int, int], flip: bool, grid: tuple[int, int], patch: tuple[int, int]
+) -> Tensor:
+    """Where patches (B, M) stand after rolling the image by shift pixels, then mirroring it.
 
-
-def move(index: Tensor, shift: Tensor, flip: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Where patches (B, M) stand after rolling the image by shift (B, 2) patches, then mirroring it.
-
-    Exactly the index that each patch of `torch.roll` and `torch.flip` of the image has.
+    Rolling by whole patches moves each patch to exactly one place; a remainder of up to half a patch
+    leaves it at the place that its centre lies in.
     """
     rows, columns = grid
-    row = (index // columns + shift[:, :1]) % rows
-    column = (index % columns + shift[:, 1:]) % columns
-    column = torch.where(flip[:, None], columns - 1 - column, column)
-    return row * columns + column
+    down, right = (math.floor(s / p + 0.5) for s, p in zip(shift, patch, strict=True))
+    row = (index // columns + down) % rows
+    column = (index % columns + right) % columns
+    return row * columns + (columns - 1 - column if flip else column)
 
 
 def total_variation(images: Tensor) -> Tensor:
@@ -265,7 +253,8 @@ def _freeze(
     canvas = _scatter(canvas, keep, patches)
     if background == "keep":
         return canvas
-    stopped = ~_mask(keep.gather(1, survivors), canvas.shape[1])[:, :, None]
+    count = canvas.shape[1]  # what stopped earlier stays as it is
+    stopped = (_mask(keep, count) & ~_mask(keep.gather(1, survivors), count))[:, :, None]
     fill = {
         "zero": lambda: torch.zeros_like(canvas),
         "noise": lambda: torch.randn(canvas.shape, generator=rng).to(canvas.device),
@@ -283,7 +272,7 @@ def save_synthetic(synthetic: SyntheticSet, folder: Path) -> None:
 
 
 def load_synthetic(folder: Path) -> SyntheticSet:
-    """Read what `save_synthetic` wrote."""
+    """Read what `save_synthetic` wrote, on the device that computes."""
     tensors = read_tensors(folder / "synthetic.safetensors")
     history = {k.removeprefix("history."): v for k, v in tensors.items() if k.startswith("history.")}
-    return SyntheticSet(*(tensors[name] for name in COLUMNS), history=history)
+    return SyntheticSet(*(tensors[name].to(device()) for name in COLUMNS), history=history)

@@ -73,8 +73,8 @@ def _class_shards(
     classes, each, clients = np.unique(targets), settings.classes_per_client, settings.clients
     if each > len(classes) or each * clients < len(classes):
         raise BadInput(
-            f"partition.classes_per_client={each} with {clients} clients cannot cover {len(classes)} classes: "
-            f"allowed are {-(-len(classes) // clients)} to {len(classes)}"
+            f"partition.classes_per_client={each} with {clients} clients cannot cover {len(classes)} classes:"
+            f" allowed are {-(-len(classes) // clients)} to {len(classes)}"
         )
     # a cycle over one random order deals every client distinct classes, each class equally often
     order = rng.permutation(classes)
@@ -111,8 +111,9 @@ def _redraw(draw, settings: PartitionSettings) -> list[np.ndarray]:
         if min(map(len, shards)) >= settings.min_size:
             return shards
     raise BadInput(
-        f"partition.alpha={settings.alpha} with {settings.clients} clients: none of {REDRAWS} draws gave every "
-        f"client partition.min_size={settings.min_size} images; raise alpha or lower clients or min_size"
+        f"partition.alpha={settings.alpha} with {settings.clients} clients: none of {REDRAWS} draws gave "
+        f"every client partition.min_size={settings.min_size} images; "
+        "raise alpha or lower clients or min_size"
     )
 
 

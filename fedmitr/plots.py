@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 from IPython.display import Image
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from .canvas import (
@@ -18,7 +19,6 @@ from .canvas import (
     draw_bars,
     draw_counts,
     draw_image,
-    draw_outline,
     draw_tokens,
     frame_title,
     name_rows,
@@ -98,6 +98,8 @@ def skew(alphas: Sequence[float], values: Tensor) -> Figure:
     axis.plot(alphas, values, ".", color=SKY)
     axis.plot(alphas, values.mean(1), "-", color=BLUE, label="mean over draws")
     axis.set(xscale="log", ylim=(0, 1), xlabel="Dirichlet concentration α")
+    axis.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
+    axis.minorticks_off()
     axis.set(ylabel="label skew\n(total variation distance)", title="One dot per draw of the partition")
     axis.legend()
     return figure
@@ -126,7 +128,9 @@ def per_class(
     axis.imshow(values, vmin=0, vmax=100, aspect="auto")
     write_cells(axis, values, [f"{v:.0f}" for v in values.flat], high=100)
     if outlined is not None:
-        draw_outline(axis, outlined.numpy(), color=VERMILLION)
+        for row, column in outlined.nonzero().tolist():
+            box = (column - 0.45, row - 0.43), 0.9, 0.86
+            axis.add_patch(Rectangle(*box, fill=False, edgecolor=VERMILLION, linewidth=1.6))
     axis.set_xticks(range(len(classes)), classes)
     axis.set_yticks(range(len(rows)), rows)
     axis.set(xlabel="class", title=title)
@@ -159,8 +163,10 @@ def comparison(table: pd.DataFrame) -> Figure:
         )
         for row, (method, score) in enumerate(scores.iterrows()):
             dots = runs.loc[runs["method"] == method, "accuracy"]
-            axis.plot(dots, [row] * len(dots), "o", color=SKY, markeredgecolor="white", zorder=1)
-            axis.errorbar(score["mean"], row, xerr=score["std"], fmt="D", color=BLACK, capsize=4, zorder=2)
+            axis.plot(dots, [row + 0.22] * len(dots), "o", color=SKY, markersize=5)
+            axis.errorbar(
+                score["mean"], row, xerr=score["std"], fmt="D", color=BLACK, capsize=3, markersize=5
+            )
         axis.set_yticks(range(len(scores)), scores.index)
         axis.set(title=f"{task}, {clients} clients, α = {alpha:g}: {scores['size'].max():.0f} seeds")
         axis.set(xlim=(0, 1), ylim=(-0.6, len(scores) - 0.4))
@@ -185,6 +191,19 @@ def attention(split: Split, importance: Tensor, mask: Tensor, stats: tuple[Tenso
         draw_image(axes[2, column], image, mask[column])
     figure.colorbar(heat, ax=axes[1], label="attention", shrink=0.9)
     name_rows(axes, ["scene, true\nforeground", "attention\nof CLS", "patches\nthat survive"])
+    return figure
+
+
+@styled
+def places(panels: Mapping[str, Tensor], label: str) -> Figure:
+    """One value for each place of the patch grid, title -> (N,), on one scale from zero."""
+    figure = new_figure(8.5, 2.9)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    most = max(float(values.max()) for values in panels.values())
+    for axis, (title, values) in zip(axes, panels.items(), strict=True):
+        heat = axis.imshow(square(values), cmap="viridis", vmin=0, vmax=most)
+        axis.set(title=title, xlabel="column of patches", ylabel="row" if axis is axes[0] else "")
+    figure.colorbar(heat, ax=axes, label=label, shrink=0.9)
     return figure
 
 
@@ -220,11 +239,11 @@ def frame(synthetic: SyntheticSet, index: int, stats: tuple[Tensor, Tensor], cou
     """Frame `index` of a batch on its way, live patches outlined: `emerging` at one iteration."""
     history = synthetic.history
     picks = one_of_each(synthetic.labels[: history["frames"].shape[1]], count)
-    figure, axes = picture_grid(1, len(picks), cell=1.05, left=0.1)
+    figure, axes = picture_grid(1, len(picks), cell=1.05, left=0.1, head=0.6)
     for axis, pick in zip(axes[0], picks, strict=True):
         draw_image(axis, pixels(history["frames"][index, pick], stats), history["frame_masks"][index, pick])
         axis.set_title(f"target {int(synthetic.labels[pick])}")
-    figure.supxlabel(frame_title(history, index).replace("\n", ": ") + " of each image's patches")
+    figure.suptitle(frame_title(history, index).replace("\n", ": ") + " of each image's patches", fontsize=10)
     return figure
 
 
@@ -268,7 +287,7 @@ def foreground(shares: Mapping[str, tuple[Tensor, float]]) -> Figure:
         axis.axvline(chance, color=BLACK, ls="--", label=f"chance {chance:.2f}")
         axis.axvline(values.mean(), color=VERMILLION, label=f"mean {values.mean():.2f}")
         axis.set(title=title, xlim=(0, 1), xlabel="share of the foreground kept", ylabel="images")
-        axis.legend()
+        axis.legend(frameon=True, edgecolor="white", framealpha=1)
     return figure
 
 
@@ -308,6 +327,7 @@ def overview(
     labels, result = bottom.subfigures(1, 2, width_ratios=(1.25, 1.35))
     axis = data.subplots()
     draw_counts(axis, counts, list(map(str, range(counts.shape[1]))))
+    data.colorbar(axis.images[0], ax=axis, label="images")
     data.suptitle("1  Clients hold few classes each", fontsize=10.5)
     history = synthetic.history
     picks = one_of_each(synthetic.labels[: history["frames"].shape[1]], 2)

@@ -12,22 +12,18 @@ from .ensemble import Ensemble
 from .inversion import SyntheticSet
 from .settings import RelabelSettings
 
-NO_TARGET = -100  # cross_entropy's ignore_index: the image was generated for no class
-
 
 def token_targets(labels: Tensor, mask: Tensor, soft: Tensor, settings: RelabelSettings) -> Tensor:
     """Per-patch target ℓ_i (B, N, C): one-hot y where mask is true, else the soft label.
 
-    labels (B,), NO_TARGET where there is none; mask (B, N); soft (B, N, C) probabilities. `pseudo`
-    labels every patch y, `soft` none; `foreground_soft` mixes that share of the soft label into y.
+    labels (B,); mask (B, N); soft (B, N, C) probabilities. `pseudo` labels every patch y, `soft`
+    none; `foreground_soft` mixes that share of the soft label into y.
     """
     if settings.mode == "soft":
         return soft
-    hard = F.one_hot(labels.clamp(min=0), soft.shape[-1]).to(soft)[:, None]
+    hard = F.one_hot(labels, soft.shape[-1]).to(soft)[:, None]
     hard = torch.lerp(hard.expand_as(soft), soft, settings.foreground_soft)
-    carries = torch.ones_like(mask) if settings.mode == "pseudo" else mask
-    carries = carries & (labels != NO_TARGET)[:, None]
-    return torch.where(carries[:, :, None], hard, soft)
+    return hard if settings.mode == "pseudo" else torch.where(mask[:, :, None], hard, soft)
 
 
 @torch.inference_mode()
@@ -56,7 +52,7 @@ def relabel_tokens(ensemble: Ensemble, synthetic: SyntheticSet, settings: Relabe
     return torch.cat(parts)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: the labels enter a loss that is differentiated
 def soft_token_labels(
     ensemble: Ensemble, images: Tensor, of_background: Tensor, settings: RelabelSettings
 ) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ def reproduce(profile: str, only: str | None = None, store: Path | str | None = 
 
 
 def write_summary(results: Sequence[Result], profile: str) -> pd.DataFrame:
-    """One row per run, without timings so that the same runs give the same bytes; also results/summary.csv."""
+    """One row per run, as results/summary.csv too; no timings: the same runs give the same bytes."""
     columns = ("method", "task", "alpha", "clients", "seed", "accuracy", "upload_bytes")
     table = pd.DataFrame([{name: getattr(r, name) for name in columns} for r in results])
     table.to_csv(output_folder("results", profile) / SUMMARY, index=False, float_format="%.4f")

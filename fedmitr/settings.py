@@ -4,8 +4,6 @@ The same dotted names work in Python, in YAML profiles, in `--set` and as paperm
 The defaults are the `laptop` profile's unless a profile says otherwise.
 """
 
-import math
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
@@ -100,17 +98,17 @@ class EnsembleSettings(Block):
 class InversionSettings(Block):
     """Sparse model inversion; no stops is dense inversion."""
 
-    images: Count = setting(600, "synthetic images in all")
+    images: Count = setting(400, "synthetic images in all")
     batch_size: Count = setting(100, "images inverted together", "SMI")
-    iterations: Count = setting(120, "steps of the optimiser", "SMI: 4000")
+    iterations: Count = setting(80, "steps of the optimiser", "SMI: 4000")
     lr: Positive = setting(0.25, "Adam's learning rate", "SMI")
     betas: tuple[Share, Share] = setting((0.5, 0.99), "Adam's betas", "SMI")
     stop_at: tuple[int, ...] = setting(
-        (20, 40, 60, 80), "iterations after which patches stop", "SMI: 50,100,200,300"
+        (10, 20, 30, 40), "iterations after which patches stop", "SMI: 50,100,200,300"
     )
     stop_ratio: tuple[OpenShare, ...] = setting((0.3, 0.3, 0.3, 0.3), "share of the remaining patches", "SMI")
     ce: NotNegative = setting(1.0, "weight of the cross-entropy to the target", "SMI")
-    tv: NotNegative = setting(1e-4, "weight of the L2 total variation", "SMI")
+    tv: NotNegative = setting(3e-3, "weight of the L2 total variation", "SMI: 1e-4")
     l2: NotNegative = setting(0.0, "weight of the squared norm of the pixels", "SMI")
     jitter: Annotated[float, Field(ge=0, lt=0.5)] = setting(
         0.125, "largest shift of a view, of the side", "SMI"
@@ -129,7 +127,7 @@ class InversionSettings(Block):
             )
         if list(self.stop_at) != sorted(set(self.stop_at)):
             raise ValueError(f"stop_at={list(self.stop_at)} must rise")
-        if self.stop_at and not (1 <= self.stop_at[0] and self.stop_at[-1] < self.iterations):
+        if self.stop_at and (self.stop_at[0] < 1 or self.stop_at[-1] >= self.iterations):
             raise ValueError(f"stop_at={list(self.stop_at)} must lie in [1, iterations={self.iterations})")
         return self
 
@@ -158,11 +156,12 @@ class DistillSettings(Block):
     temperature: Positive = setting(1.0, "T of the distillation loss", "choice")
     ce_weight: NotNegative = setting(0.0, "λ_ce, cross-entropy of CLS to the target", "choice")
     token_weight: NotNegative = setting(0.1, "λ_tok, loss of the patch tokens", "choice")
-    background: Literal["keep", "texture"] = setting("keep", "low-density patches in each view", "choice")
+    background: Literal["keep", "texture"] = setting(
+        "texture", "low-density patches in each view: as inverted, or fresh smooth texture", "choice"
+    )
     views: int = setting(
         8, "random views drawn of each image, labelled by the teacher once; 0: new ones every step", ge=0
     )
-    textures: Share = setting(0.25, "share of a batch that is pure smooth random texture", "ours")
     augment: Share = setting(0.7, "strength of random scale, rotation and shift of pixels and mask")
 
 

@@ -110,7 +110,10 @@ class Upload:
     def checked(self) -> "Upload":
         """Itself, if weights and histogram are what a model of its shape has; else BadInput."""
         who = f"upload of client {self.client}"
-        expected = self.shape.build().state_dict()
+        try:
+            expected = self.shape.build().state_dict()
+        except BadInput as error:
+            raise BadInput(f"{who}: {error}") from None
         for name in sorted(expected.keys() ^ self.weights.keys()):
             raise BadInput(f"{who}: weight {name!r} is {'missing' if name in expected else 'unknown'}")
         for name, value in self.weights.items():
@@ -126,7 +129,8 @@ class Upload:
             len(counts) != self.shape.num_classes or sum(counts) != self.size or min(counts) < 0
         ):
             raise BadInput(
-                f"{who}: class_counts={list(counts)} must be {self.shape.num_classes} counts that sum to {self.size}"
+                f"{who}: class_counts={list(counts)} must be {self.shape.num_classes} counts "
+                f"that sum to {self.size}"
             )
         return self
 

@@ -5,6 +5,7 @@ A subset is given by patch indices in row-major order of the patch grid. Patches
 out cost nothing: they are neither embedded nor attended to.
 """
 
+import hashlib
 from pathlib import Path
 
 import timm
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from .errors import BadInput
 from .paths import shipped
+from .settings import ModelSettings
 
 VIT_MICRO = dict(img_size=24, patch_size=4, in_chans=1, embed_dim=96, depth=4, num_heads=3, mlp_ratio=2)
 VIT_MICRO_WEIGHTS = "data/vit_micro_letters.safetensors"
@@ -49,6 +51,16 @@ def create_vit(
     if checkpoint:
         _load_checkpoint(vit, Path(checkpoint))
     return vit
+
+
+def weights_digest(settings: ModelSettings) -> str:
+    """What the initial weights are: a hash of their file, or the name of timm's published ones."""
+    path = settings.checkpoint
+    if path is None and settings.pretrained and settings.name == "vit_micro":
+        path = shipped(VIT_MICRO_WEIGHTS)
+    if path is None:
+        return f"{settings.name}, pretrained={settings.pretrained}"
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _create_micro(num_classes: int, image_size: int | None, in_chans: int | None) -> VisionTransformer:

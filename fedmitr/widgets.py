@@ -20,7 +20,6 @@ from .runtime import static
 from .settings import PartitionSettings
 
 ALPHAS = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 3.0, 10.0, 100.0)
-STANDS_IN = "Sliders appear here in a live kernel; the static picture beside them shows the same."
 
 
 def shards(
@@ -31,6 +30,8 @@ def shards(
     alphas: Sequence[float] = ALPHAS,
 ) -> None:
     """α and client sliders over the shard heatmap of the training labels (n,)."""
+    if stands_in():
+        return
 
     def draw(alpha: float, clients: int) -> Figure:
         chosen = settings.model_copy(update={"alpha": alpha, "clients": clients})
@@ -41,12 +42,16 @@ def shards(
     _interact(
         draw,
         alpha=ipw.SelectionSlider(options=alphas, value=near, description="α", continuous_update=False),
-        clients=ipw.IntSlider(settings.clients, 2, 12, description="clients", continuous_update=False),
+        clients=ipw.IntSlider(
+            settings.clients, 1, max(12, settings.clients), description="clients", continuous_update=False
+        ),
     )
 
 
 def emerging(synthetic: SyntheticSet, stats: tuple[Tensor, Tensor]) -> None:
     """An iteration slider over the emerging images and the patches that are still alive."""
+    if stands_in():
+        return
     at = synthetic.history["frame_at"].tolist()
 
     def draw(iteration: int) -> Figure:
@@ -57,11 +62,15 @@ def emerging(synthetic: SyntheticSet, stats: tuple[Tensor, Tensor]) -> None:
     )
 
 
+def stands_in() -> bool:
+    """Print the line that stands in for sliders, where outputs are stored and not watched."""
+    if static():
+        print("Sliders appear here in a live kernel; the static picture beside them shows the same.")
+    return static()
+
+
 def _interact(draw: Callable[..., Figure], **controls: ipw.Widget) -> None:
     """Controls over a picture that is drawn anew whenever one of them moves."""
-    if static():
-        print(STANDS_IN)
-        return
 
     def redraw(**values: object) -> None:
         try:

@@ -16,7 +16,7 @@ from ..runtime import derive_seed, device, progress
 from ..settings import Settings
 from ..store import Store, fingerprint, read_tensors, write_tensors
 from ..upload import Upload, average_weights
-from ..vit import create_vit
+from ..vit import create_vit, weights_digest
 
 
 def fedmitr(uploads: Sequence[Upload], settings: Settings, store: Store) -> list[VisionTransformer]:
@@ -56,7 +56,7 @@ def synthetic_set(
 
 def distill_key(uploads: Sequence[Upload], settings: Settings) -> str:
     """The address of the distilled global model."""
-    how = [settings.relabel.model_dump(), settings.distill.model_dump(), settings.model.model_dump()]
+    how = [settings.relabel.model_dump(), settings.distill.model_dump(), weights_digest(settings.model)]
     return fingerprint("global", inversion_keys(uploads, settings), how, settings.seed)
 
 

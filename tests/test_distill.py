@@ -1,0 +1,322 @@
+"""augment.py and distill.py: the loss in closed form, pixels and mask that move together, learning."""
+
+import importlib
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fedmitr as fm
+from fedmitr.augment import random_maps, warp, warp_mask
+from fedmitr.distill import distill, distill_loss, epochs, pixel_mask, view
+from fedmitr.relabel import NO_TARGET
+from fedmitr.runtime import generator
+from fedmitr.settings import DistillSettings, EnsembleSettings, ModelSettings, RelabelSettings, Settings
+from fedmitr.store import Store
+from fedmitr.upload import average_weights
+from fedmitr.vit import forward_tokens
+
+pipeline = importlib.import_module("fedmitr.methods.fedmitr")  # the package's name for it is the method
+GRID = (6, 6)
+
+
+@pytest.fixture(scope="module")
+def teacher(uploads):
+    return fm.Ensemble(uploads, EnsembleSettings(mode="mean_probs"))
+
+
+def masks(n, share=0.4, seed=0):
+    return torch.rand(n, 36, generator=torch.Generator().manual_seed(seed)) < share
+
+
+# Geometry.
+
+
+def affine(*rows):
+    return torch.tensor([rows], dtype=torch.float32)
+
+
+def test_identity_maps_change_nothing(images):
+    identity = torch.eye(2, 3).expand(3, -1, -1)
+    torch.testing.assert_close(warp(images, identity), images, rtol=1e-5, atol=1e-5)
+    mask = masks(3)
+    assert torch.equal(warp_mask(mask, identity, GRID), mask)
+    assert torch.allclose(random_maps(3, 0.0, generator(0)), identity)
+
+
+@pytest.mark.parametrize("down, right", [(0, 1), (2, 0), (-1, 3)])
+def test_a_shift_by_whole_patches_moves_pixels_and_mask_alike(down, right):
+    """An output point looks 2·shift/cells further up or left, in the frame's coordinates."""
+    maps = affine([1, 0, -2 * right / 6], [0, 1, -2 * down / 6]).expand(4, -1, -1)
+    mask = masks(4)
+    moved = warp_mask(mask, maps, GRID).view(4, 6, 6)
+    rows = slice(max(0, down), 6 + min(0, down)), slice(max(0, -down), 6 - max(0, down))
+    columns = slice(max(0, right), 6 + min(0, right)), slice(max(0, -right), 6 - max(0, right))
+    assert torch.equal(moved[:, rows[0], columns[0]], mask.view(4, 6, 6)[:, rows[1], columns[1]])
+    pixels = warp(pixel_mask(mask, GRID, (24, 24)).float(), maps)
+    torch.testing.assert_close(
+        pixels, pixel_mask(moved.flatten(1), GRID, (24, 24)).float(), atol=1e-4, rtol=0
+    )
+
+
+def test_a_quarter_turn_turns_pixels_and_mask_alike(images):
+    quarter = affine([0, -1, 0], [1, 0, 0]).expand(3, -1, -1)
+    turned = warp(images, quarter)
+    by = 1 if torch.allclose(turned, images.rot90(1, (2, 3)), atol=1e-4) else -1
+    torch.testing.assert_close(turned, images.rot90(by, (2, 3)), rtol=1e-4, atol=1e-4)
+    mask = masks(3)
+    assert torch.equal(warp_mask(mask, quarter, GRID).view(3, 6, 6), mask.view(3, 6, 6).rot90(by, (1, 2)))
+
+
+@pytest.mark.parametrize("patch", [4, 16])
+def test_a_marker_painted_on_the_kept_patches_stays_on_them(patch):
+    size = (6 * patch, 6 * patch)
+    mask = masks(40)
+    maps = random_maps(40, 1.0, generator(3))
+    painted = warp(pixel_mask(mask, GRID, size).float(), maps)
+    share = F.avg_pool2d(painted, patch).flatten(1)
+    moved = warp_mask(mask, maps, GRID)
+    clear = (share - 0.5).abs() > 0.1
+    assert clear.double().mean() > 0.6 and torch.equal(moved[clear], share[clear] > 0.5)
+    assert not torch.equal(moved, mask)
+
+
+def test_strength_one_reaches_its_limits_and_no_further():
+    maps = random_maps(4000, 1.0, generator(0)).double()
+    area = torch.linalg.det(maps[:, :, :2]) ** -0.5
+    assert 0.74 < area.min() < 0.78 and 1.22 < area.max() < 1.26
+    centre = torch.linalg.solve(maps[:, :, :2], -maps[:, :, 2])
+    assert 0.38 < centre.abs().max() <= 0.4 + 1e-6
+
+
+def test_pixel_mask_by_loops():
+    mask = masks(2)
+    found = pixel_mask(mask, GRID, (12, 18))
+    assert found.shape == (2, 1, 12, 18)
+    for y in range(12):
+        for x in range(18):
+            assert torch.equal(found[:, 0, y, x], mask[:, y // 2 * 6 + x // 3])
+
+
+# Views.
+
+
+def look(student, synthetic, pick=None, **options):
+    settings = DistillSettings(**(dict(textures=0.0, augment=0.0, background="keep") | options))
+    pick = torch.arange(len(synthetic)) if pick is None else pick
+    return view(student, synthetic, pick, settings, generator(5))
+
+
+@pytest.fixture(scope="module")
+def marked(synthetic):
+    """A synthetic set whose pixels are its mask."""
+    pixels = pixel_mask(synthetic.mask, GRID, (24, 24)).float()
+    return fm.SyntheticSet(pixels, synthetic.labels, synthetic.mask, synthetic.loss)
+
+
+def test_without_augmentation_a_view_is_the_picked_images(micro, synthetic):
+    pick = torch.tensor([7, 2, 2])
+    images, mask, labels = look(micro, synthetic, pick)
+    assert torch.equal(images, synthetic.pixels[pick]) and torch.equal(mask, synthetic.mask[pick])
+    assert torch.equal(labels, synthetic.labels[pick])
+
+
+def test_pixels_and_mask_of_a_view_move_together(micro, marked):
+    images, mask, labels = look(micro, marked, augment=1.0)
+    share = F.avg_pool2d(images, 4).flatten(1)
+    clear = (share - 0.5).abs() > 1e-3
+    assert torch.equal(mask[clear], share[clear] > 0.5) and not torch.equal(mask, marked.mask)
+    assert torch.equal(labels, marked.labels)
+
+
+@pytest.mark.parametrize("share, plain", [(0.0, 0), (0.25, 2), (0.5, 5), (1.0, 10)])
+def test_a_share_of_the_views_is_pure_texture_without_target(micro, marked, share, plain):
+    images, mask, labels = look(micro, marked, textures=share)
+    kept = 10 - plain
+    assert torch.equal(images[:kept], marked.pixels[:kept]) and torch.equal(mask[:kept], marked.mask[:kept])
+    assert not mask[kept:].any() and (labels[kept:] == NO_TARGET).all()
+    for one in images[kept:]:
+        assert one.min() >= -2 - 1e-4 and one.max() <= 2 + 1e-4  # [0, 1] in units of 0.25 around 0.5
+        assert (one.diff(dim=-1).abs() < 1).all()
+
+
+def test_texture_replaces_only_the_low_density_patches(micro, marked):
+    images, mask, _ = look(micro, marked, background="texture")
+    on = pixel_mask(mask, GRID, (24, 24))
+    assert (images[on] == 1).all() and (images[~on] != 0).double().mean() > 0.99
+
+
+def test_views_leave_the_synthetic_set_alone(micro, synthetic):
+    before = [t.clone() for t in (synthetic.pixels, synthetic.mask, synthetic.labels)]
+    look(micro, synthetic, textures=0.5, augment=1.0, background="texture")
+    look(micro, synthetic, textures=0.5)
+    after = (synthetic.pixels, synthetic.mask, synthetic.labels)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@given(count=st.integers(1, 30), batch=st.integers(1, 12), times=st.integers(0, 4))
+def test_every_image_comes_once_an_epoch(count, batch, times):
+    batches = list(epochs(count, batch, generator(0), times))
+    assert len(batches) == times * math.ceil(count / batch)
+    drawn = torch.cat([torch.empty(0, dtype=torch.int64), *batches])
+    for epoch in range(times):
+        part = drawn[epoch * count : (epoch + 1) * count]
+        assert sorted(part.tolist()) == list(range(count))
+
+
+# The loss.
+
+
+def softmax(z):
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("heat", [1.0, 3.0])
+@pytest.mark.parametrize("by_ce, by_tokens", [(0.0, 0.0), (0.4, 0.0), (0.0, 0.3), (0.4, 0.3)])
+def test_the_loss_in_closed_form(micro, images, heat, by_ce, by_tokens):
+    rng = torch.Generator().manual_seed(0)
+    teacher = torch.randn(3, 10, generator=rng).log_softmax(-1)
+    targets = torch.randn(3, 36, 10, generator=rng).softmax(-1)
+    labels = torch.tensor([4, NO_TARGET, 1])
+    settings = DistillSettings(temperature=heat, ce_weight=by_ce, token_weight=by_tokens)
+    found = distill_loss(micro, images, teacher, labels, targets, settings, RelabelSettings())
+
+    of_cls, of_tokens = (z.double().numpy() for z in forward_tokens(micro, images))
+    p = softmax(teacher.double().numpy() / heat)
+    q = softmax(of_cls / heat)
+    wanted = heat**2 * (p * np.log(p / q)).sum() / 3
+    log_p = np.log(softmax(of_cls))
+    wanted += by_ce * -(log_p[0, 4] + log_p[2, 1]) / 2  # the image without a target has no say
+    tokens = -(targets.double().numpy() * np.log(softmax(of_tokens))).sum(-1)
+    wanted += by_tokens * tokens.mean()
+    assert found.item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_mode_none_drops_the_token_term(micro, images):
+    rng = torch.Generator().manual_seed(0)
+    rest = (torch.randn(3, 10, generator=rng).log_softmax(-1), torch.tensor([4, 0, 1]), torch.ones(3, 36, 10))
+    heavy, off = DistillSettings(token_weight=5.0), DistillSettings(token_weight=0.0)
+    none = distill_loss(micro, images, *rest, heavy, RelabelSettings(mode="none"))
+    assert none == distill_loss(micro, images, *rest, off, RelabelSettings())
+    assert none != distill_loss(micro, images, *rest, heavy, RelabelSettings())
+
+
+def test_the_loss_is_least_where_student_and_teacher_agree(micro, images):
+    settings, relabel = DistillSettings(token_weight=0.0, temperature=2.0), RelabelSettings()
+    rest = (torch.zeros(3, dtype=torch.int64), torch.zeros(3, 36, 10), settings, relabel)
+    own = micro(images).log_softmax(-1)
+    assert distill_loss(micro, images, own, *rest).item() == pytest.approx(0, abs=1e-5)
+    assert distill_loss(micro, images, own.flip(0), *rest) > 0.01
+
+
+# Learning.
+
+SHORT = DistillSettings(steps=3, batch_size=4, views=2)
+
+
+def student():
+    return fm.create_vit("vit_micro", 10)
+
+
+def learn(teacher, synthetic, settings=SHORT, relabel=None, seed=0, **how):
+    return distill(student(), teacher, synthetic, settings, relabel or RelabelSettings(), seed, **how)
+
+
+def divergence(model, teacher, images):
+    """Mean KL from the teacher to the model."""
+    with torch.no_grad():
+        return F.kl_div(model(images).log_softmax(-1), teacher(images).exp(), reduction="batchmean").item()
+
+
+@pytest.mark.parametrize("views", [0, 3])
+def test_distillation_brings_the_student_to_the_teacher(teacher, synthetic, views):
+    settings = DistillSettings(steps=40, batch_size=10, lr=1e-3, views=views, augment=0.2)
+    before = divergence(student().eval(), teacher, synthetic.pixels)
+    after = divergence(learn(teacher, synthetic, settings), teacher, synthetic.pixels)
+    assert after < 0.6 * before
+
+
+@pytest.mark.parametrize("mode", ["relabel", "pseudo", "soft", "none"])
+@pytest.mark.parametrize("source", ["token_logits", "background_cls"])
+@pytest.mark.parametrize("views", [0, 2])
+def test_every_way_to_label_tokens_trains(teacher, synthetic, mode, source, views):
+    settings = DistillSettings(steps=2, batch_size=4, views=views)
+    model = learn(teacher, synthetic, settings, RelabelSettings(mode=mode, source=source))
+    fresh = student().state_dict()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert not torch.equal(model.head.weight, fresh["head.weight"])
+
+
+def test_the_token_labels_change_what_is_learnt(teacher, synthetic):
+    heads = [
+        learn(teacher, synthetic, relabel=RelabelSettings(mode=mode)).head.weight
+        for mode in ("relabel", "pseudo", "soft", "none")
+    ]
+    assert len({h.detach().numpy().tobytes() for h in heads}) == 4
+
+
+def test_a_seed_fixes_every_byte(teacher, synthetic):
+    one, again, other = (learn(teacher, synthetic, seed=s).state_dict() for s in (1, 1, 2))
+    assert all(torch.equal(one[k], again[k]) for k in one)
+    assert not torch.equal(one["head.weight"], other["head.weight"])
+
+
+def test_the_student_is_trained_in_place_and_the_teacher_is_not(teacher, synthetic):
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    learner, steps = student(), []
+    back = distill(learner, teacher, synthetic, SHORT, RelabelSettings(), 0, progress=steps.append)
+    assert back is learner and not back.training and steps == [1, 1, 1]
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+def test_stored_views_are_labelled_by_the_teacher_once(teacher, synthetic, monkeypatch):
+    def labelled(views, steps):
+        seen, real = [], type(teacher).forward_tokens
+        monkeypatch.setattr(
+            teacher, "forward_tokens", lambda x, *a: seen.append(len(x)) or real(teacher, x, *a)
+        )
+        learn(teacher, synthetic, DistillSettings(steps=steps, batch_size=5, views=views))
+        return sum(seen)
+
+    assert labelled(views=3, steps=2) == labelled(views=3, steps=9) == 3 * len(synthetic)
+    assert labelled(views=0, steps=9) == 9 * 5
+
+
+# Where the student starts.
+
+
+def test_from_the_average_the_student_is_one_shot_fedavg_before_the_first_step(uploads, tmp_path):
+    start = pipeline.student_start(uploads, Settings(distill=DistillSettings(start="average")))
+    (averaged,) = fm.experiment.METHODS["fedavg"](uploads, Settings(), Store(tmp_path))
+    closed = average_weights(uploads)
+    for name, value in start.state_dict().items():
+        assert torch.equal(value, averaged.state_dict()[name]) and torch.equal(value, closed[name]), name
+
+
+def test_from_the_initial_model_the_student_is_what_clients_started_from(uploads):
+    settings = Settings(distill=DistillSettings(start="initial"), model=ModelSettings(pretrained=False))
+    start = pipeline.student_start(uploads, settings).state_dict()
+    assert all(torch.equal(start[name], value) for name, value in student().state_dict().items())
+
+
+def test_the_global_model_is_distilled_once_and_comes_back_from_the_store(
+    uploads, synthetic, tmp_path, monkeypatch
+):
+    settings = Settings(distill=SHORT, ensemble=EnsembleSettings(mode="size"))
+    first = pipeline.global_model(uploads, synthetic, settings, Store(tmp_path)).state_dict()
+
+    def again(*_, **__):
+        raise AssertionError("distilled twice")
+
+    monkeypatch.setattr(pipeline, "distill", again)
+    back = pipeline.global_model(uploads, synthetic, settings, Store(tmp_path))
+    assert not back.training
+    assert all(torch.equal(v, first[k]) for k, v in back.state_dict().items())
+    with pytest.raises(AssertionError, match="distilled twice"):
+        warmer = settings.model_copy(update={"relabel": RelabelSettings(temperature=2.0)})
+        pipeline.global_model(uploads, synthetic, warmer, Store(tmp_path))

@@ -1,0 +1,156 @@
+"""ensemble.py against plain numpy loops over the uploaded models."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import fedmitr as fm
+from fedmitr.ensemble import client_weights
+from fedmitr.settings import EnsembleSettings
+from fedmitr.vit import cls_attention, forward_tokens, kept_patches
+
+MODES = ("mean_probs", "mean_logits", "size", "class")
+
+
+def softmax(z):
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def expected(uploads, logits, mode, temperature=1.0):
+    """Probabilities (..., C) from the clients' logits (K, ..., C), by the definition of each mode."""
+    logits, total = np.asarray(logits, dtype=np.float64), sum(u.size for u in uploads)
+    if mode == "mean_probs":
+        return sum(softmax(z / temperature) for z in logits) / len(uploads)
+    if mode == "size":
+        return sum(softmax(z / temperature) * u.size / total for z, u in zip(logits, uploads, strict=True))
+    mixed = np.zeros(logits.shape[1:])
+    for y in range(logits.shape[-1]):
+        held = sum(u.class_counts[y] for u in uploads)
+        for z, u in zip(logits, uploads, strict=True):
+            by_class = u.class_counts[y] / held if held else 1 / len(uploads)
+            mixed[..., y] += z[..., y] * (by_class if mode == "class" else 1 / len(uploads))
+    return softmax(mixed / temperature)
+
+
+def make(uploads, mode):
+    return fm.Ensemble(uploads, EnsembleSettings(mode=mode))
+
+
+def close(found, wanted):
+    np.testing.assert_allclose(found.detach().numpy(), wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_every_mode_against_loops(uploads, images, mode, temperature):
+    logits = [u.vit()(images).numpy() for u in uploads]
+    found = make(uploads, mode)(images, temperature=temperature)
+    close(found.exp(), expected(uploads, logits, mode, temperature))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tokens_are_combined_like_cls(uploads, images, mode):
+    of_cls, of_tokens = zip(*(forward_tokens(u.vit(), images) for u in uploads), strict=True)
+    found_cls, found_tokens = make(uploads, mode).forward_tokens(images)
+    assert found_tokens.shape == (3, 36, 10)
+    close(found_cls.exp(), expected(uploads, torch.stack(of_cls), mode))
+    close(found_tokens.exp(), expected(uploads, torch.stack(of_tokens), mode))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_sum_to_one(uploads, images, mode):
+    teacher = make(uploads, mode)
+    for log_probs in (teacher(images), *teacher.forward_tokens(images)):
+        total = log_probs.exp().sum(-1)
+        torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_upload_is_that_model(uploads, images, mode):
+    torch.testing.assert_close(make(uploads[:1], mode)(images), uploads[0].vit()(images).log_softmax(-1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_identical_uploads_are_one_of_them(uploads, images, mode):
+    copies = [dataclasses.replace(uploads[0], client=k) for k in range(3)]
+    wanted = uploads[0].vit()(images).log_softmax(-1)
+    torch.testing.assert_close(make(copies, mode)(images), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_order_of_the_clients_does_not_matter(uploads, images, mode):
+    wanted = make(uploads, mode)(images)
+    torch.testing.assert_close(make(uploads[::-1], mode)(images), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_kept_patches_reach_every_member(uploads, images):
+    keep = torch.stack([torch.randperm(36, generator=torch.Generator().manual_seed(b))[:7] for b in range(3)])
+    logits = [forward_tokens(u.vit(), images, keep)[0].numpy() for u in uploads]
+    teacher = make(uploads, "mean_probs")
+    close(teacher(images, keep).exp(), expected(uploads, logits, "mean_probs"))
+    patches = kept_patches(uploads[0].vit(), images, keep)
+    torch.testing.assert_close(teacher.forward_patches(*patches), teacher(images, keep))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_importance_is_cls_attention_averaged_with_the_ensembles_weights(uploads, images, mode):
+    keep = torch.stack([torch.randperm(36, generator=torch.Generator().manual_seed(b))[:7] for b in range(3)])
+    share = {"mean_probs": [1 / 3] * 3, "mean_logits": [1 / 3] * 3}.get(mode)
+    if mode == "size":
+        share = [u.size / sum(u.size for u in uploads) for u in uploads]
+    if mode == "class":
+        held = np.array([u.class_counts for u in uploads], dtype=float)
+        held[:, held.sum(0) == 0] = 1
+        share = (held / held.sum(0)).mean(1)
+    wanted = sum(
+        w * cls_attention(u.vit(), images, keep).numpy() for w, u in zip(share, uploads, strict=True)
+    )
+    teacher = make(uploads, mode)
+    close(teacher.importance(*kept_patches(teacher.members[0], images, keep)), wanted)
+
+
+def test_class_weights_ignore_who_lacks_a_class_and_share_one_that_nobody_holds(uploads):
+    weights = client_weights(uploads, "class")
+    assert weights[:, 2].tolist() == [1, 0, 0]
+    assert weights[:, 1].tolist() == pytest.approx([0.8, 0.2, 0])
+    assert weights[:, 9].tolist() == pytest.approx([1 / 3] * 3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_of_every_mode_sum_to_one(uploads, mode):
+    weights = client_weights(uploads, mode)
+    assert weights.shape[0] == 3 and torch.allclose(weights.sum(0), torch.ones(weights.shape[1]))
+
+
+def test_class_mode_without_a_histogram_is_one_line(uploads, one_line):
+    with pytest.raises(fm.BadInput) as error:
+        make([uploads[0], uploads[1].without_counts()], "class")
+    one_line(error.value, "ensemble.mode='class'", "client 1")
+    make([u.without_counts() for u in uploads], "size")
+
+
+def test_no_uploads_is_one_line(one_line):
+    with pytest.raises(fm.BadInput) as error:
+        fm.Ensemble([])
+    one_line(error.value, "uploads")
+
+
+def test_the_teacher_is_frozen_but_lets_gradients_through_to_pixels(uploads, images):
+    teacher = make(uploads, "size")
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert not any(m.training for m in teacher.members)
+    pixels = images.clone().requires_grad_(True)
+    teacher(pixels)[:, 0].sum().backward()
+    assert pixels.grad.abs().sum() > 0 and torch.isfinite(pixels.grad).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_confident_disagreement_stays_finite(uploads, mode):
+    logits = torch.full((3, 1, 10), -500.0)
+    logits[0, :, 0], logits[1, :, 3], logits[2, :, 5] = 500.0, 500.0, 500.0
+    log_probs = make(uploads, mode).combine(logits.requires_grad_(True))
+    log_probs.sum().backward()
+    assert torch.isfinite(log_probs).all() and torch.isfinite(logits.grad).all()

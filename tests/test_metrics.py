@@ -1,0 +1,110 @@
+"""metrics.py against loops and the counter of torch."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fedmitr as fm
+from fedmitr.metrics import (
+    accuracy,
+    accuracy_per_class,
+    foreground_kept,
+    forward_flops,
+    label_skew,
+    predict,
+    surviving_patches,
+)
+from fedmitr.settings import EnsembleSettings
+from fedmitr.tasks import Split
+from fedmitr.vit import cls_attention, kept_patches, patch_features
+
+
+class Echo(nn.Module):
+    """Answers with the logits that are written into its images."""
+
+    def forward(self, images):
+        return images.flatten(1)
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """Nine images whose pixels are logits of four classes; nobody is of class 3."""
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 1, 1, 4, generator=rng)
+    labels = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2, 2])
+    return Split(logits, labels, torch.zeros(9, 1, 1, 1))
+
+
+def test_accuracy_is_the_share_of_right_answers(answers):
+    hits = [
+        int(max(range(4), key=lambda c: x.flatten()[c]) == y)
+        for x, y in zip(answers.images, answers.labels, strict=True)
+    ]
+    assert 0 < sum(hits) < 9
+    assert accuracy(Echo(), answers) == pytest.approx(sum(hits) / 9)
+    per_class = accuracy_per_class(Echo(), answers, 4)
+    for c in range(3):
+        wanted = np.mean([h for h, y in zip(hits, answers.labels, strict=True) if y == c])
+        assert per_class[c].item() == pytest.approx(wanted)
+    assert per_class[3].isnan()
+
+
+def test_predictions_do_not_depend_on_the_batch_and_sum_to_one(micro, answers):
+    images = torch.randn(7, 1, 24, 24, generator=torch.Generator().manual_seed(1))
+    wanted = micro(images).softmax(-1)
+    for batch_size in (1, 3, 256):
+        torch.testing.assert_close(predict(micro, images, batch_size), wanted, rtol=1e-4, atol=1e-5)
+    logs = predict(Echo(), answers.images.log_softmax(-1))
+    torch.testing.assert_close(logs, predict(Echo(), answers.images))
+
+
+def test_surviving_patches_are_found_stop_by_stop(uploads):
+    teacher = fm.Ensemble(uploads[:2], EnsembleSettings(mode="mean_probs"))
+    images = torch.randn(3, 1, 24, 24, generator=torch.Generator().manual_seed(2))
+    found = surviving_patches(teacher, images, (0.3, 0.5))
+    for b in range(3):
+        live = list(range(36))
+        for left in (25, 13):  # 36 · 0.7 and 25 · 0.5, rounded
+            keep = torch.tensor([live])
+            attention = sum(cls_attention(m, images[b : b + 1], keep)[0] for m in teacher.members)
+            live = [live[i] for i in attention.argsort(descending=True)[:left]]
+        assert sorted(live) == torch.nonzero(found[b])[:, 0].tolist()
+    assert surviving_patches(teacher, images, ()).all()
+
+
+def test_foreground_kept_by_loops():
+    rng = torch.Generator().manual_seed(0)
+    foreground = (torch.rand(4, 1, 24, 24, generator=rng) < 0.3).float()
+    mask = torch.rand(4, 36, generator=rng) < 0.4
+    found = foreground_kept(foreground, mask, 4)
+    for b in range(4):
+        inside = total = 0
+        for y in range(24):
+            for x in range(24):
+                total += foreground[b, 0, y, x].item()
+                inside += foreground[b, 0, y, x].item() * mask[b, y // 4 * 6 + x // 4].item()
+        assert found[b].item() == pytest.approx(inside / total)
+    assert torch.equal(foreground_kept(foreground, torch.ones(4, 36, dtype=torch.bool), 4), torch.ones(4))
+
+
+def test_label_skew_is_half_the_distance_between_mixes():
+    counts = torch.tensor([[10, 0, 0], [0, 5, 15], [4, 2, 6]])
+    common = counts.sum(0) / counts.sum()
+    for k, found in enumerate(label_skew(counts)):
+        brute = sum(abs(counts[k, c] / counts[k].sum() - common[c]) for c in range(3)) / 2
+        assert found.item() == pytest.approx(brute.item())
+    assert torch.allclose(label_skew(torch.tensor([[2, 4], [1, 2]])), torch.zeros(2))
+
+
+@pytest.mark.parametrize("name, kept", [("vit_micro", 36), ("vit_micro", 9), ("test_vit", 40)])
+def test_flops_are_those_that_torch_counts(name, kept):
+    vit = fm.create_vit(name).eval()
+    for block in vit.blocks:
+        block.attn.fused_attn = False  # so that the counter sees the attention's products
+    images = torch.zeros(1, vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        patch_features(vit, *kept_patches(vit, images, torch.arange(kept)[None]))
+    assert forward_flops(vit, kept) == counter.get_total_flops()

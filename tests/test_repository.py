@@ -1,0 +1,188 @@
+"""What ships beside the code: notebooks, profiles, weights, environments, and the README's commands."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from click.testing import CliRunner
+
+import fedmitr as fm
+from fedmitr.cli import main
+from fedmitr.settings import PROFILES, defaults
+
+ROOT = Path(fm.__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MACHINE = re.compile(r"/(home|root|work|Users|mnt|opt|tmp|var)/|[A-Z]:\\\\")
+
+
+def lines(name):
+    return (ROOT / name).read_text().splitlines()
+
+
+# Notebooks.
+
+
+def test_notebooks_are_numbered_from_00_without_a_gap():
+    assert [p.name[:3] for p in NOTEBOOKS] == [f"{i:02d}_" for i in range(len(NOTEBOOKS))]
+    assert NOTEBOOKS
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda p: p.stem)
+def notebook(request):
+    return nbformat.read(request.param, as_version=4)
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def test_a_notebook_is_valid(notebook):
+    nbformat.validate(notebook)
+
+
+def test_a_notebook_has_one_cell_of_parameters_with_the_profile(notebook):
+    tagged = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1 and re.search(r"^PROFILE\s*=", tagged[0].source, re.MULTILINE)
+
+
+def test_a_notebook_ran_from_top_to_bottom_without_an_error(notebook):
+    counts = [cell.execution_count for cell in code(notebook)]
+    assert counts == list(range(1, len(counts) + 1))
+    assert not [o for c in code(notebook) for o in c.outputs if o.output_type == "error"]
+
+
+def test_a_notebook_explains_itself(notebook):
+    prose = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
+    assert prose[0].source.startswith("# ") and len(prose) >= 3
+
+
+def test_a_notebook_names_no_machine(notebook):
+    for cell in notebook.cells:
+        assert not MACHINE.search(cell.source), cell.source
+        for output in cell.get("outputs", []):
+            said = {k: v for k, v in output.get("data", {}).items() if not k.startswith("image/")}
+            assert not MACHINE.search(json.dumps([output.get("text"), said]))
+
+
+# Profiles.
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_profile_sets_only_what_is_a_setting(name):
+    profile = yaml.safe_load((ROOT / "notebooks" / "profiles" / f"{name}.yaml").read_text())
+    assert set(profile) == {"PROFILE", "SETTINGS"} and profile["PROFILE"] == name
+    assert set(profile["SETTINGS"]) <= set(defaults())
+    fm.Settings.load(name)
+
+
+def test_every_profile_file_is_a_known_profile():
+    files = {p.stem for p in (ROOT / "notebooks" / "profiles").glob("*.yaml")}
+    assert files == set(PROFILES)
+
+
+# The shipped weights.
+
+
+@pytest.fixture(scope="module")
+def card():
+    rows = [line.split("|") for line in lines("data/vit_micro_letters.md") if line.startswith("| ")]
+    return {row[1].strip(): row[2].strip() for row in rows if row[1].strip()}
+
+
+WEIGHTS = ROOT / "data" / "vit_micro_letters.safetensors"
+
+
+def test_the_weights_are_those_of_their_card(card):
+    assert hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() == card["sha256"]
+    assert WEIGHTS.stat().st_size == int(card["bytes"])
+    vit = fm.create_vit("vit_micro", 52, checkpoint=WEIGHTS)
+    assert sum(p.numel() for p in vit.parameters()) == int(card["parameters"])
+    for part in ("training fonts", "held-out fonts"):
+        assert 0.5 < float(card[f"accuracy, {part}"]) <= 1
+
+
+def test_the_shared_model_starts_from_the_shipped_weights():
+    shipped = fm.create_vit("vit_micro", 52, checkpoint=WEIGHTS).state_dict()
+    model = fm.create_vit("vit_micro", 10, pretrained=True).state_dict()
+    for name, value in model.items():
+        if not name.startswith("head"):
+            assert value.equal(shipped[name]), name
+
+
+# Environments and commands.
+
+
+def test_the_version_is_the_same_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert importlib.metadata.version("fedmitr") == fm.__version__
+    assert str(citation.get("version", fm.__version__)) == fm.__version__
+
+
+def test_every_dependency_is_pinned():
+    pinned = {re.split(r"[=\[]", line)[0].lower() for line in lines("requirements.txt") if "==" in line}
+    asked = importlib.metadata.requires("fedmitr")
+    asked = [r for r in asked if "extra" not in r or "extra == 'dev'" in r.replace('"', "'")]
+    assert len(asked) > 15
+    assert {re.split(r"[><=!;\[ ]", r)[0].lower() for r in asked} <= pinned
+
+
+def test_the_conda_environment_installs_the_pins_and_the_package_itself():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    (pip,) = (d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
+    assert {"-r requirements.txt", "-e ."} <= set(pip)
+    assert any(str(d).startswith("python=3.") for d in environment["dependencies"])
+
+
+def targets():
+    return {m[1] for line in lines("Makefile") if (m := re.match(r"([a-z]+):", line))}
+
+
+def test_make_has_the_two_targets_that_outside_checks_call():
+    assert {"setup", "test", "reproduce"} <= targets()
+
+
+def test_the_readme_names_only_commands_that_exist():
+    text = (ROOT / "README.md").read_text()
+    spans = re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL)
+    words = "\n".join(spans)
+    called = set(re.findall(r"(?:^|[\s`;&])make ([a-z]+)", words))
+    assert called <= targets(), called - targets()
+    commands = set(re.findall(r"(?:^|[\s`;&/])fedmitr ([a-z]+)", words))
+    assert commands <= set(main.commands), commands - set(main.commands)
+    assert not MACHINE.search(text.replace("https://", ""))
+
+
+def test_the_readme_sets_only_what_is_a_setting():
+    text = (ROOT / "README.md").read_text()
+    assert set(re.findall(r"--set ([a-z_.]+)=", text)) <= set(defaults())
+
+
+def test_links_of_the_readme_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    local = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
+    assert not [link for link in local if not (ROOT / link).exists()]
+
+
+def test_options_that_the_readme_shows_exist():
+    text = (ROOT / "README.md").read_text()
+    for command, rest in re.findall(r"fedmitr ([a-z]+)((?: [^\n`|&;]+)?)", text):
+        if command in main.commands:
+            told = CliRunner().invoke(main, [command, "--help"]).output
+            assert not [o for o in re.findall(r"--[a-z]+", rest) if o not in told], (command, rest)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no executable bit")
+def test_the_check_of_a_bare_checkout_can_be_run():
+    assert os.access(ROOT / ".ci" / "run", os.X_OK) and "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_public_names_are_there():
+    rooms = "load_task partition create_vit train_client invert relabel_tokens distill run"
+    assert {*rooms.split(), "Upload", "Ensemble", "Settings"} <= set(fm.__all__)
+    assert all(hasattr(fm, name) for name in fm.__all__)

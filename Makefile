@@ -1,6 +1,7 @@
 # make setup       the environment, in .venv
 # make reproduce   every notebook, figure and table (PROFILE=smoke|laptop|paper)
 # make test        every check
+# make results     the README's table: five seeds of every method, about a quarter of an hour
 #
 # PYTHON=python3.12 picks the interpreter. On Linux, for the CPU build of torch:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
@@ -14,13 +15,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test lint format weights clean
+.PHONY: help setup reproduce test results lint format weights clean
 
 # A figure backend set for another program must not reach the notebooks.
 unexport MPLBACKEND
 
 help:
-	@echo "make setup | reproduce [PROFILE=smoke|laptop|paper] | test | lint | format | weights | clean"
+	@echo "make setup | reproduce [PROFILE=smoke|laptop|paper] | test | results | lint | format | weights | clean"
 
 setup: $(STAMP)
 
@@ -48,6 +49,11 @@ lint: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The README's table: five seeds, every method, then its numbers.
+results: setup
+	$(BIN)/fedmitr compare --seeds 0-4 --out results/comparison.csv
+	$(BIN)/python tools/readme.py
 
 # Trains the shared initial model again.
 weights: setup

@@ -46,7 +46,7 @@ from .partition import partition  # noqa: E402
 from .relabel import relabel_tokens  # noqa: E402
 from .settings import Settings  # noqa: E402
 from .store import Store  # noqa: E402
-from .tasks import Task, load_task  # noqa: E402
+from .tasks import Split, Task, load_task  # noqa: E402
 from .upload import Upload  # noqa: E402
 from .vit import create_vit  # noqa: E402
 
@@ -57,6 +57,7 @@ __all__ = [
     "Experiment",
     "Result",
     "Settings",
+    "Split",
     "Store",
     "SyntheticSet",
     "Task",

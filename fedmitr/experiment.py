@@ -21,7 +21,7 @@ from .metrics import accuracy, accuracy_per_class
 from .partition import partition
 from .paths import default_store
 from .runtime import progress, versions
-from .settings import Settings
+from .settings import TASKS, Settings
 from .store import Store, fingerprint
 from .tasks import Split, Task, load_task
 from .upload import Upload
@@ -63,10 +63,10 @@ class Experiment:
         model = self.settings.model
         return create_vit(
             model.name,
+            TASKS[self.settings.task.name],
             pretrained=model.pretrained,
             checkpoint=model.checkpoint,
             image_size=model.image_size,
-            num_classes=10,
         )
 
     @cached_property

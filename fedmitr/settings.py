@@ -13,7 +13,7 @@ from .errors import BadInput
 from .paths import shipped
 
 PROFILES = ("smoke", "laptop", "paper")
-TASKS = ("digits", "digits-plain")
+TASKS = {"digits": 10, "digits-plain": 10}  # name -> number of classes
 METHODS = ("fedmitr", "fedavg", "ensemble", "local", "central")
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -17,17 +17,21 @@ from .settings import TASKS, TaskSettings
 
 @dataclass(frozen=True)
 class Split:
-    """Images (n, ch, H, W), normalised for the model; labels (n,); foreground (n, 1, H, W) in {0, 1}."""
+    """Images (n, ch, H, W), normalised for the model; labels (n,); true foreground (n, 1, H, W) in {0, 1}.
+
+    Where the foreground is not known it is None.
+    """
 
     images: Tensor
     labels: Tensor
-    foreground: Tensor
+    foreground: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, index: Tensor) -> "Split":
-        return Split(self.images[index], self.labels[index], self.foreground[index])
+        known = self.foreground is not None
+        return Split(self.images[index], self.labels[index], self.foreground[index] if known else None)
 
 
 @dataclass(frozen=True)

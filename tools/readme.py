@@ -1,0 +1,70 @@
+"""Write the README's results: accuracies from results/comparison.csv, times from the run store.
+
+    python tools/readme.py            run by `make results`, after `fedmitr compare` and `make reproduce`
+"""
+
+import json
+import os
+import platform
+import re
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+
+from fedmitr.compare import summarise
+from fedmitr.paths import default_store, home
+
+START, END = "<!-- results: ", "<!-- /results -->"
+
+
+def accuracy_table(runs: pd.DataFrame) -> str:
+    """Mean ± std over seeds, and the paired difference to FedMITR, best first."""
+    table = summarise(runs).sort_values("mean", ascending=False)
+    lines = ["| method | test accuracy, mean ± std | minus FedMITR, mean [95 %] |", "|---|---|---|"]
+    for method, row in table.iterrows():
+        low, high = row["minus fedmitr"] - row["± 95 %"], row["minus fedmitr"] + row["± 95 %"]
+        gap = "" if method == "fedmitr" else f"{row['minus fedmitr']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        lines.append(f"| {method} | {row['mean']:.3f} ± {row['std']:.3f} | {gap} |")
+    return "\n".join(lines)
+
+
+def times(store: Path, executed: Path) -> str:
+    """Mean seconds of each stage over the stored runs, and of the last `make reproduce`."""
+    runs = [json.loads(p.read_text()) for p in store.glob("runs/*/result.json")]
+    seconds = pd.DataFrame([r["seconds"] for r in runs if r["method"] in ("fedmitr", "central")]).mean()
+    stages = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
+    books = [nbformat.read(p, as_version=4) for p in sorted(executed.glob("*.ipynb"))]
+    total = sum(b.metadata["papermill"]["duration"] for b in books)
+    machine = f"{os.cpu_count()} cores ({platform.machine()}, {platform.system()}), no GPU"
+    return (
+        f"Measured on {machine}. One run: {stages}. `make reproduce`, {len(books)} notebooks from an empty "
+        f"store, after set-up: {total / 60:.1f} minutes."
+    )
+
+
+def fill(readme: str, text: str) -> str:
+    """The README with the part between the markers replaced."""
+    pattern = re.compile(rf"({re.escape(START)}[^\n]*\n).*?({re.escape(END)})", re.S)
+    return pattern.sub(lambda m: m[1] + text + "\n" + m[2], readme)
+
+
+def caption(runs: pd.DataFrame) -> str:
+    """Which runs the table shows."""
+    seeds, first = sorted(runs["seed"].unique()), runs.iloc[0]
+    return (
+        f"Task `{first['task']}`, {first['clients']} clients, Dirichlet α = {first['alpha']}, profile laptop, "
+        f"{len(seeds)} seeds ({seeds[0]} to {seeds[-1]}):"
+    )
+
+
+def main() -> None:
+    runs = pd.read_csv(home() / "results" / "comparison.csv")
+    measured = times(default_store(), home() / "notebooks" / "executed" / "laptop")
+    readme = home() / "README.md"
+    text = f"{caption(runs)}\n\n{accuracy_table(runs)}\n\n{measured}"
+    readme.write_text(fill(readme.read_text(), text))
+
+
+if __name__ == "__main__":
+    main()

@@ -8,9 +8,14 @@ distill, methods; around them experiment, metrics, plots, widgets, cli.
 """
 
 import importlib.util
+import os
 import sys
 import types
 from pathlib import Path
+
+# Threads that wait by spinning starve each other as soon as another process wants one of the cores.
+# OpenMP reads this when torch loads, so it is set before.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
@@ -36,19 +41,19 @@ _let_torchvision_import()
 
 
 # The package's own modules import timm and torchvision, so they come after the line above.
-from .client import train_client  # noqa: E402
-from .distill import distill  # noqa: E402
-from .ensemble import Ensemble  # noqa: E402
-from .errors import BadInput  # noqa: E402
-from .experiment import Experiment, Result, run  # noqa: E402
-from .inversion import SyntheticSet, invert  # noqa: E402
-from .partition import partition  # noqa: E402
-from .relabel import relabel_tokens  # noqa: E402
-from .settings import Settings  # noqa: E402
-from .store import Store  # noqa: E402
-from .tasks import Split, Task, load_task  # noqa: E402
-from .upload import Upload  # noqa: E402
-from .vit import create_vit  # noqa: E402
+from .client import train_client
+from .distill import distill
+from .ensemble import Ensemble
+from .errors import BadInput
+from .experiment import Experiment, Result, run
+from .inversion import SyntheticSet, invert
+from .partition import partition
+from .relabel import relabel_tokens
+from .settings import Settings
+from .store import Store
+from .tasks import Split, Task, load_task
+from .upload import Upload
+from .vit import create_vit
 
 __version__ = "0.1.0"
 __all__ = [

@@ -135,9 +135,16 @@ def parse_seeds(text: str) -> list[int]:
 @click.option("--store", type=click.Path(path_type=Path), help="Folder of artefacts; default data/store.")
 def reproduce(profile, only, store) -> None:
     """Run the notebooks with papermill: rewrites figures/ and results/, resumes what was stopped."""
+    from papermill.exceptions import PapermillExecutionError
+
     from .reproduce import reproduce as reproduce_all
 
-    click.echo(reproduce_all(profile, only, store))
+    try:
+        click.echo(reproduce_all(profile, only, store))
+    except PapermillExecutionError as error:
+        raise click.ClickException(
+            f"a notebook stopped at cell {error.exec_count}: {error.ename}: {error.evalue}"
+        ) from None
 
 
 @main.command()

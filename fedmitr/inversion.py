@@ -129,8 +129,8 @@ def invert(
         patches, final = best.patches, best.cross_entropy
     else:
         patches = live.patches.detach()
-        with torch.inference_mode():
-            final = F.nll_loss(ensemble.forward_patches(patches, keep), labels, reduction="none").clone()
+        with torch.no_grad():
+            final = F.nll_loss(ensemble.forward_patches(patches, keep), labels, reduction="none")
     history = {name: torch.stack(values).cpu() for name, values in log.items()}
     history["frame_at"] = torch.tensor([f[0] for f in frames])
     history["frames"] = torch.stack([unpatchify(f[1][:20], patch, side) for f in frames]).cpu()

@@ -187,6 +187,55 @@ def test_the_central_model_is_one_client_that_holds_everything(store):
     assert max(sizes) == 1797 - 360 - 1258 and len(sizes) == 3
 
 
+def settings_of(first, **changes):
+    """The run's settings with some changed, by dotted name with __ for the dot."""
+    tree = json.loads(json.dumps(first["settings"]))
+    for name, value in changes.items():
+        *blocks, leaf = name.split("__")
+        node = tree
+        for block in blocks:
+            node = node[block]
+        node[leaf] = value
+    return Settings.model_validate(tree)
+
+
+def test_the_class_histogram_leaves_a_client_only_where_the_ensemble_needs_it(first, store, no_work):
+    for mode in ("mean_probs", "size", "class"):
+        these = experiment.Experiment(settings_of(first, ensemble__mode=mode), store)
+        sent = [u.class_counts for u in these.uploads]
+        assert all((counts is not None) == (mode == "class") for counts in sent)
+
+
+@pytest.mark.parametrize(
+    "change, anew",
+    [
+        ({"client__lr": 0.5}, True),
+        ({"partition__alpha": 0.5}, True),
+        ({"task__clutter": 0.1}, True),
+        ({"seed": 9}, True),
+        ({"model__pretrained": True}, True),
+        ({"inversion__lr": 0.1}, False),
+        ({"distill__steps": 9}, False),
+        ({"ensemble__mode": "size"}, False),
+    ],
+    ids=str,
+)
+def test_clients_are_trained_anew_where_their_settings_differ(first, store, change, anew):
+    here, there = (experiment.Experiment(settings_of(first, **c), store) for c in ({}, change))
+    assert (here.upload_key(0) != there.upload_key(0)) == anew
+    assert here.upload_key(0) != here.upload_key(1)
+
+
+def test_other_weights_in_the_checkpoints_file_are_another_run(first, store, uploads, tmp_path):
+    keys = []
+    for upload in uploads[:2]:
+        upload.save(tmp_path)
+        settings = settings_of(first, model__checkpoint=str(tmp_path / "weights.safetensors"))
+        keys.append(experiment.Experiment(settings, store).upload_key(0))
+        keys.append(pipeline.distill_key(uploads, settings))
+    assert len(set(keys)) == 4
+
+
 def test_without_json_a_run_is_told_in_words(first, store, no_work):
     done = fedmitr("run", "--method", "fedmitr", "--seed", 3, *TINY, "--store", store)
     assert done.exit_code == 0 and f"{first['accuracy']:.3f}" in done.stdout

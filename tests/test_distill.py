@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 import fedmitr as fm
 from fedmitr.augment import random_maps, warp, warp_mask
-from fedmitr.distill import distill, distill_loss, epochs, pixel_mask, view
-from fedmitr.relabel import NO_TARGET
+from fedmitr.distill import distill, distill_loss, epochs, pixel_mask, random_textures, view
 from fedmitr.runtime import generator
 from fedmitr.settings import DistillSettings, EnsembleSettings, ModelSettings, RelabelSettings, Settings
 from fedmitr.store import Store
@@ -72,6 +71,13 @@ def test_a_quarter_turn_turns_pixels_and_mask_alike(images):
     assert torch.equal(warp_mask(mask, quarter, GRID).view(3, 6, 6), mask.view(3, 6, 6).rot90(by, (1, 2)))
 
 
+def test_what_comes_into_view_mirrors_the_border():
+    maps = random_maps(20, 1.0, generator(1))
+    white = torch.ones(20, 1, 24, 24)
+    torch.testing.assert_close(warp(white, maps), white, rtol=1e-5, atol=1e-5)
+    assert warp_mask(torch.ones(20, 36, dtype=torch.bool), maps, GRID).all()
+
+
 @pytest.mark.parametrize("patch", [4, 16])
 def test_a_marker_painted_on_the_kept_patches_stays_on_them(patch):
     size = (6 * patch, 6 * patch)
@@ -105,10 +111,10 @@ def test_pixel_mask_by_loops():
 # Views.
 
 
-def look(student, synthetic, pick=None, **options):
-    settings = DistillSettings(**(dict(textures=0.0, augment=0.0, background="keep") | options))
+def look(student, synthetic, pick=None, seed=5, **options):
+    settings = DistillSettings(**(dict(augment=0.0, background="keep") | options))
     pick = torch.arange(len(synthetic)) if pick is None else pick
-    return view(student, synthetic, pick, settings, generator(5))
+    return view(student, synthetic, pick, settings, generator(seed))
 
 
 @pytest.fixture(scope="module")
@@ -120,40 +126,45 @@ def marked(synthetic):
 
 def test_without_augmentation_a_view_is_the_picked_images(micro, synthetic):
     pick = torch.tensor([7, 2, 2])
-    images, mask, labels = look(micro, synthetic, pick)
+    images, mask = look(micro, synthetic, pick)
     assert torch.equal(images, synthetic.pixels[pick]) and torch.equal(mask, synthetic.mask[pick])
-    assert torch.equal(labels, synthetic.labels[pick])
 
 
 def test_pixels_and_mask_of_a_view_move_together(micro, marked):
-    images, mask, labels = look(micro, marked, augment=1.0)
+    images, mask = look(micro, marked, augment=1.0)
     share = F.avg_pool2d(images, 4).flatten(1)
     clear = (share - 0.5).abs() > 1e-3
     assert torch.equal(mask[clear], share[clear] > 0.5) and not torch.equal(mask, marked.mask)
-    assert torch.equal(labels, marked.labels)
-
-
-@pytest.mark.parametrize("share, plain", [(0.0, 0), (0.25, 2), (0.5, 5), (1.0, 10)])
-def test_a_share_of_the_views_is_pure_texture_without_target(micro, marked, share, plain):
-    images, mask, labels = look(micro, marked, textures=share)
-    kept = 10 - plain
-    assert torch.equal(images[:kept], marked.pixels[:kept]) and torch.equal(mask[:kept], marked.mask[:kept])
-    assert not mask[kept:].any() and (labels[kept:] == NO_TARGET).all()
-    for one in images[kept:]:
-        assert one.min() >= -2 - 1e-4 and one.max() <= 2 + 1e-4  # [0, 1] in units of 0.25 around 0.5
-        assert (one.diff(dim=-1).abs() < 1).all()
 
 
 def test_texture_replaces_only_the_low_density_patches(micro, marked):
-    images, mask, _ = look(micro, marked, background="texture")
+    images, mask = look(micro, marked, background="texture")
     on = pixel_mask(mask, GRID, (24, 24))
-    assert (images[on] == 1).all() and (images[~on] != 0).double().mean() > 0.99
+    assert torch.equal(mask, marked.mask) and (images[on] == 1).all()
+    assert (images[~on] != 0).double().mean() > 0.99
+    again, _ = look(micro, marked, background="texture")
+    other, _ = look(micro, marked, background="texture", seed=6)
+    assert torch.equal(images, again) and not torch.equal(images, other)
+
+
+def test_textures_are_smooth_and_in_the_range_of_the_models_pixels(micro, images):
+    made = random_textures(micro, images.expand(3, 2, 24, 24), generator(0))
+    assert made.shape == (3, 2, 24, 24)
+    assert made.min() >= -2 - 1e-4 and made.max() <= 2 + 1e-4  # [0, 1] in units of 0.25 around 0.5
+    assert (made.diff(dim=-1).abs() < 1).all() and made.std() > 0.1
+
+
+def test_a_dense_set_has_no_background_to_replace(micro, synthetic):
+    everything = torch.ones_like(synthetic.mask)
+    dense = fm.SyntheticSet(synthetic.pixels, synthetic.labels, everything, synthetic.loss)
+    images, mask = look(micro, dense, background="texture")
+    assert torch.equal(images, synthetic.pixels) and mask.all()
 
 
 def test_views_leave_the_synthetic_set_alone(micro, synthetic):
     before = [t.clone() for t in (synthetic.pixels, synthetic.mask, synthetic.labels)]
-    look(micro, synthetic, textures=0.5, augment=1.0, background="texture")
-    look(micro, synthetic, textures=0.5)
+    look(micro, synthetic, augment=1.0, background="texture")
+    look(micro, synthetic, background="texture")
     after = (synthetic.pixels, synthetic.mask, synthetic.labels)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
@@ -182,7 +193,7 @@ def test_the_loss_in_closed_form(micro, images, heat, by_ce, by_tokens):
     rng = torch.Generator().manual_seed(0)
     teacher = torch.randn(3, 10, generator=rng).log_softmax(-1)
     targets = torch.randn(3, 36, 10, generator=rng).softmax(-1)
-    labels = torch.tensor([4, NO_TARGET, 1])
+    labels = torch.tensor([4, 0, 1])
     settings = DistillSettings(temperature=heat, ce_weight=by_ce, token_weight=by_tokens)
     found = distill_loss(micro, images, teacher, labels, targets, settings, RelabelSettings())
 
@@ -191,7 +202,7 @@ def test_the_loss_in_closed_form(micro, images, heat, by_ce, by_tokens):
     q = softmax(of_cls / heat)
     wanted = heat**2 * (p * np.log(p / q)).sum() / 3
     log_p = np.log(softmax(of_cls))
-    wanted += by_ce * -(log_p[0, 4] + log_p[2, 1]) / 2  # the image without a target has no say
+    wanted += by_ce * -(log_p[0, 4] + log_p[1, 0] + log_p[2, 1]) / 3
     tokens = -(targets.double().numpy() * np.log(softmax(of_tokens))).sum(-1)
     wanted += by_tokens * tokens.mean()
     assert found.item() == pytest.approx(wanted, rel=1e-4)
@@ -285,6 +296,23 @@ def test_stored_views_are_labelled_by_the_teacher_once(teacher, synthetic, monke
 
     assert labelled(views=3, steps=2) == labelled(views=3, steps=9) == 3 * len(synthetic)
     assert labelled(views=0, steps=9) == 9 * 5
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_every_image_is_learnt_equally_often(teacher, synthetic, monkeypatch, views):
+    seen = []
+
+    def record(learner, images, teacher, labels, tokens, *how):
+        seen.extend(zip(images, labels.tolist(), strict=True))
+        return distill_loss(learner, images, teacher, labels, tokens, *how)
+
+    monkeypatch.setattr(importlib.import_module("fedmitr.distill"), "distill_loss", record)
+    # two epochs of the ten images, or one of their two views
+    learn(
+        teacher, synthetic, DistillSettings(steps=4, batch_size=5, views=views, augment=0, background="keep")
+    )
+    assert sorted(label for _, label in seen) == sorted([*range(10)] * 2)
+    assert all(torch.equal(image, synthetic.pixels[label]) for image, label in seen)
 
 
 # Where the student starts.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import fedmitr as fm
-from fedmitr.relabel import NO_TARGET, background_labels, relabel_tokens, tempered, token_targets
+from fedmitr.relabel import background_labels, relabel_tokens, tempered, token_targets
 from fedmitr.settings import EnsembleSettings, RelabelSettings
 from fedmitr.vit import forward_tokens
 
@@ -21,9 +21,9 @@ def teacher(uploads):
 
 @pytest.fixture(scope="module")
 def made_up():
-    """Labels (4,), one of them no target; mask (4, 5); soft labels (4, 5, 6)."""
+    """Labels (4,), mask (4, 5) and soft labels (4, 5, 6)."""
     rng = torch.Generator().manual_seed(0)
-    labels = torch.tensor([2, NO_TARGET, 0, 5])
+    labels = torch.tensor([2, 2, 0, 5])
     mask = torch.rand(4, 5, generator=rng) < 0.5
     return labels, mask, torch.randn(4, 5, 6, generator=rng).softmax(-1)
 
@@ -37,17 +37,10 @@ def test_token_targets_by_loops(made_up, mode, mixed):
         for i in range(5):
             hard = mode == "pseudo" or (mode == "relabel" and mask[b, i])
             wanted = soft[b, i].clone()
-            if hard and labels[b] != NO_TARGET:
+            if hard:
                 wanted = mixed * soft[b, i]
                 wanted[labels[b]] += 1 - mixed
             torch.testing.assert_close(found[b, i], wanted)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_images_without_a_target_have_soft_labels_in_every_mode(made_up, mode):
-    _, mask, soft = made_up
-    nobody = torch.full((4,), NO_TARGET)
-    assert torch.equal(token_targets(nobody, mask, soft, RelabelSettings(mode=mode)), soft)
 
 
 def test_token_targets_leave_their_arguments_alone(made_up):

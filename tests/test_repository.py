@@ -153,7 +153,7 @@ def test_the_readme_names_only_commands_that_exist():
     words = "\n".join(spans)
     called = set(re.findall(r"(?:^|[\s`;&])make ([a-z]+)", words))
     assert called <= targets(), called - targets()
-    commands = set(re.findall(r"(?:^|[\s`;&/])fedmitr ([a-z]+)", words))
+    commands = set(re.findall(r"(?<!import )(?<!from )\bfedmitr ([a-z]+)", words))
     assert commands <= set(main.commands), commands - set(main.commands)
     assert not MACHINE.search(text.replace("https://", ""))
 

@@ -42,6 +42,16 @@ def test_an_exception_inside_write_leaves_nothing(tmp_path):
     assert not store.has("stage", "key") and everything(tmp_path) == set()
 
 
+def test_a_run_stopped_at_the_last_moment_leaves_nothing(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        Store(tmp_path).put("stage", "key", text("whole"))
+    assert not Store(tmp_path).has("stage", "key") and everything(tmp_path) == set()
+
+
 def test_a_full_disk_is_not_swallowed(tmp_path):
     def fail(folder):
         raise OSError(28, "No space left on device")

@@ -7,10 +7,18 @@ from conftest import loud
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
 import fedmitr as fm
 from fedmitr.vit import cls_attention, forward_tokens, normalisation, patchify, unpatchify
+
+VARIANTS = {  # what timm's families differ in, on a small scale
+    "norm before the blocks": dict(pre_norm=True),
+    "registers without position": dict(reg_tokens=3, no_embed_class=True),
+    "query and key norm, layer scale": dict(qk_norm=True, init_values=0.1),
+    "mean of the tokens": dict(global_pool="avg"),
+}
 
 MODELS = [
     ("vit_micro", None),
@@ -20,11 +28,16 @@ MODELS = [
     ("deit_tiny_distilled_patch16_224", 64),
     ("vit_small_patch14_reg4_dinov2", 56),
     ("test_vit", None),
+    *((name, 32) for name in VARIANTS),
 ]
 
 
 def build(name, image_size, classes=7):
-    vit = loud(fm.create_vit(name, classes, image_size=image_size), seed=3, scale=0.05)
+    if name in VARIANTS:
+        shape = dict(img_size=image_size, patch_size=8, embed_dim=48, depth=3, num_heads=4)
+        vit = loud(VisionTransformer(num_classes=classes, **shape, **VARIANTS[name]), seed=3)
+    else:
+        vit = loud(fm.create_vit(name, classes, image_size=image_size), seed=3, scale=0.05)
     channels, side = vit.patch_embed.proj.in_channels, vit.patch_embed.img_size[0]
     images = torch.randn(2, channels, side, side, generator=torch.Generator().manual_seed(4))
     return vit.requires_grad_(False), images
@@ -64,7 +77,7 @@ def test_a_subset_gives_what_timms_blocks_make_of_the_gathered_tokens(model):
     of_cls, of_tokens = forward_tokens(vit, images, keep)
     features = timm_tokens(vit, images, keep)
     close(of_cls, vit.forward_head(features))
-    close(of_tokens, vit.head(features[:, vit.num_prefix_tokens :]))
+    close(of_tokens, vit.head(vit.fc_norm(features[:, vit.num_prefix_tokens :])))
 
 
 def test_token_logits_are_the_head_on_each_token(micro, images):
@@ -130,6 +143,7 @@ def test_cls_attention_is_the_softmax_of_the_last_block(model):
         index = everything if keep is None else keep
         rows = torch.arange(2)[:, None]
         x = torch.cat([x[:, : vit.num_prefix_tokens], x[:, vit.num_prefix_tokens :][rows, index]], dim=1)
+        x = vit.norm_pre(x)
         for block in vit.blocks[:-1]:
             x = block(x)
         last = vit.blocks[-1]
@@ -138,7 +152,8 @@ def test_cls_attention_is_the_softmax_of_the_last_block(model):
         total = torch.zeros(2, x.shape[1])
         for h in range(heads):
             part = slice(h * wide, (h + 1) * wide)
-            scores = (query[:, :1, part] @ key[:, :, part].transpose(1, 2))[:, 0] / wide**0.5
+            of_cls, of_all = last.attn.q_norm(query[:, :1, part]), last.attn.k_norm(key[:, :, part])
+            scores = (of_cls @ of_all.transpose(1, 2))[:, 0] / wide**0.5
             total += scores.exp() / scores.exp().sum(dim=1, keepdim=True)
         brute = (total / heads)[:, vit.num_prefix_tokens :]
         found = cls_attention(vit, images, keep)

@@ -1,6 +1,6 @@
 """Write the README's results: accuracies from results/comparison.csv, times from the run store.
 
-    python tools/readme.py            run by `make results`, after `fedmitr compare` and `make reproduce`
+python tools/readme.py            run by `make results`, after `fedmitr compare` and `make reproduce`
 """
 
 import json
@@ -53,8 +53,8 @@ def caption(runs: pd.DataFrame) -> str:
     """Which runs the table shows."""
     seeds, first = sorted(runs["seed"].unique()), runs.iloc[0]
     return (
-        f"Task `{first['task']}`, {first['clients']} clients, Dirichlet α = {first['alpha']}, profile laptop, "
-        f"{len(seeds)} seeds ({seeds[0]} to {seeds[-1]}):"
+        f"Task `{first['task']}`, {first['clients']} clients, Dirichlet α = {first['alpha']}, "
+        f"profile laptop, {len(seeds)} seeds ({seeds[0]} to {seeds[-1]}):"
     )
 
 

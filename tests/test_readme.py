@@ -1,0 +1,46 @@
+"""The README: its table is the shipped results, its example runs."""
+
+import importlib.util
+import re
+
+import pandas as pd
+import torch
+
+from fedmitr.paths import home
+
+README = home() / "README.md"
+
+
+def tool():
+    spec = importlib.util.spec_from_file_location("readme", home() / "tools" / "readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_is_that_of_the_shipped_results():
+    runs = pd.read_csv(home() / "results" / "comparison.csv")
+    text = README.read_text()
+    assert tool().caption(runs) in text
+    assert tool().accuracy_table(runs) in text
+
+
+def test_the_shipped_results_hold_every_method_on_five_seeds():
+    runs = pd.read_csv(home() / "results" / "comparison.csv")
+    assert (runs.groupby("method")["seed"].nunique() >= 5).all()
+    assert set(runs["method"]) == {"fedmitr", "fedavg", "ensemble", "local", "central"}
+
+
+def test_fill_replaces_only_what_lies_between_the_markers():
+    before = "a\n<!-- results: note -->\nold\n<!-- /results -->\nb\n"
+    after = tool().fill(before, "new")
+    assert after == "a\n<!-- results: note -->\nnew\n<!-- /results -->\nb\n"
+
+
+def test_the_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(example.strip().splitlines()) <= 12
+    names = {}
+    exec(example, names)
+    assert names["tokens"].shape == (30, 36, 3)
+    assert names["model"](torch.randn(2, 1, 24, 24)).shape == (2, 3)

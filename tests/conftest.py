@@ -9,7 +9,7 @@ from hypothesis import settings as hypothesis_settings
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import fedmitr as fm
-from fedmitr.settings import InversionSettings, TaskSettings
+from fedmitr.settings import TaskSettings
 from fedmitr.upload import ModelShape
 from fedmitr.vit import normalisation
 
@@ -34,6 +34,14 @@ def make_upload(client: int, counts: tuple[int, ...], scale: float = 0.15) -> fm
     vit = loud(fm.create_vit("vit_micro", CLASSES), seed=100 + client, scale=scale)
     weights = {k: v.detach().clone() for k, v in vit.state_dict().items()}
     return fm.Upload(client, sum(counts), ModelShape.of("vit_micro", vit), weights, counts)
+
+
+def same(a, b) -> bool:
+    """Whether two synthetic sets agree in every byte."""
+    columns = ("pixels", "labels", "mask", "loss")
+    return all(torch.equal(getattr(a, c), getattr(b, c)) for c in columns) and all(
+        torch.equal(a.history[n], b.history[n]) for n in a.history
+    )
 
 
 @pytest.fixture(scope="session")
@@ -65,12 +73,6 @@ def ensemble(uploads):
 @pytest.fixture(scope="session")
 def task(micro):
     return fm.load_task(TaskSettings(), 0, 24, normalisation(micro))
-
-
-@pytest.fixture(scope="session")
-def quick():
-    """Inversion of a few iterations with two stops: 36, then 25, then 18 patches."""
-    return InversionSettings(images=4, batch_size=4, iterations=8, stop_at=(2, 5), stop_ratio=(0.3, 0.3))
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,11 @@
-"""inversion.py: the geometry of views, what stops, what is returned, and that a killed run resumes."""
+"""inversion.py: the geometry of views, what stops, what is optimised and what is returned."""
 
-import importlib
 import itertools
-import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import same
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,11 +22,9 @@ from fedmitr.inversion import (
     total_variation,
 )
 from fedmitr.runtime import generator
-from fedmitr.settings import EnsembleSettings, InversionSettings, Settings
-from fedmitr.store import Store
+from fedmitr.settings import EnsembleSettings, InversionSettings
 from fedmitr.vit import cls_attention, patchify, unpatchify
 
-pipeline = importlib.import_module("fedmitr.methods.fedmitr")  # the package's name for it is the method
 GRID = (6, 6)
 LABELS = torch.tensor([3, 0, 9, 3])
 
@@ -306,13 +303,6 @@ def test_the_target_matters(teacher):
     assert not torch.equal(one.pixels, two.pixels) and torch.equal(two.labels, other)
 
 
-def same(a, b):
-    columns = ("pixels", "labels", "mask", "loss")
-    return all(torch.equal(getattr(a, c), getattr(b, c)) for c in columns) and all(
-        torch.equal(a.history[n], b.history[n]) for n in a.history
-    )
-
-
 def test_a_seed_fixes_every_byte(teacher):
     one, again, other = (run(teacher, seed=s, jitter=0.125, flip=True, background="noise") for s in (7, 7, 8))
     assert same(one, again) and not torch.equal(one.pixels, other.pixels)
@@ -377,56 +367,3 @@ def test_sets_join_in_order_and_average_their_curves(teacher, sparse):
     mean = (sparse.history["loss"] + other.history["loss"]) / 2
     torch.testing.assert_close(joined.history["loss"], mean)
     assert torch.equal(joined.history["frames"], sparse.history["frames"])
-
-
-RUN = Settings(
-    ensemble=EnsembleSettings(mode="mean_probs"),
-    inversion=InversionSettings(images=6, batch_size=2, iterations=3, stop_at=(1,), stop_ratio=(0.5,)),
-)
-
-
-def test_a_killed_run_resumes_after_its_last_whole_batch(uploads, tmp_path, monkeypatch):
-    whole = pipeline.synthetic_set(uploads, RUN, Store(tmp_path / "whole"))
-    calls, killed = [], Store(tmp_path / "killed")
-
-    def killed_in_the_second(ensemble, labels, settings, seed, progress):
-        calls.append(labels)
-
-        def kill(step):
-            if len(calls) == 2:
-                raise KeyboardInterrupt
-
-        return invert(ensemble, labels, settings, seed, progress=kill)
-
-    monkeypatch.setattr(pipeline, "invert", killed_in_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        pipeline.synthetic_set(uploads, RUN, killed)
-    kept = [killed.has("synthetic", key) for key in pipeline.inversion_keys(uploads, RUN)]
-    assert kept == [True, False, False]
-
-    def count(ensemble, labels, settings, seed, progress):
-        calls.append(labels)
-        return invert(ensemble, labels, settings, seed, progress=progress)
-
-    calls.clear()
-    monkeypatch.setattr(pipeline, "invert", count)
-    resumed = pipeline.synthetic_set(uploads, RUN, killed)
-    assert len(calls) == 2 and same(resumed, whole)
-
-
-def test_any_one_batch_can_be_made_again_alone(uploads, tmp_path):
-    store = Store(tmp_path)
-    whole = pipeline.synthetic_set(uploads, RUN, store)
-    shutil.rmtree(store.path("synthetic", pipeline.inversion_keys(uploads, RUN)[1]))
-    assert same(pipeline.synthetic_set(uploads, RUN, store), whole)
-    assert not torch.equal(whole.pixels[:2], whole.pixels[2:4])
-
-
-@pytest.mark.parametrize(
-    "change", [dict(seed=1), dict(inversion=RUN.inversion.model_copy(update={"lr": 0.3}))], ids=["seed", "lr"]
-)
-def test_other_settings_have_other_addresses(uploads, change):
-    here = pipeline.inversion_keys(uploads, RUN)
-    there = pipeline.inversion_keys(uploads, RUN.model_copy(update=change))
-    assert not set(here) & set(there) and len(set(here)) == 3
-    assert not set(here) & set(pipeline.inversion_keys(uploads[:2], RUN))

@@ -10,12 +10,15 @@ import fedmitr as fm
 from fedmitr.metrics import (
     accuracy,
     accuracy_per_class,
+    estimated_foreground,
     foreground_kept,
     forward_flops,
     label_skew,
     predict,
     surviving_patches,
+    token_features,
 )
+from fedmitr.scenes import patch_share
 from fedmitr.settings import EnsembleSettings
 from fedmitr.tasks import Split
 from fedmitr.vit import cls_attention, kept_patches, patch_features
@@ -108,3 +111,26 @@ def test_flops_are_those_that_torch_counts(name, kept):
     with counter, torch.no_grad():
         patch_features(vit, *kept_patches(vit, images, torch.arange(kept)[None]))
     assert forward_flops(vit, kept) == counter.get_total_flops()
+
+
+def test_token_features_are_timms_output_tokens(micro, images):
+    found = token_features(micro, images)
+    torch.testing.assert_close(
+        torch.from_numpy(found), micro.forward_features(images)[:, 1:], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_estimated_foreground_is_found_where_it_truly_is(micro, task):
+    """On real scenes taken for synthetic ones, whose foreground is known."""
+    real, other = task.train.subset(torch.arange(100)), task.test.subset(torch.arange(60))
+    covered = patch_share(other.foreground, 4)
+
+    def estimate(mask):
+        made = fm.SyntheticSet(other.images, other.labels, mask, torch.zeros(60))
+        share, chance = estimated_foreground(micro, real, made)
+        assert share.shape == (60,) and chance == pytest.approx(mask.double().mean().item())
+        return share.mean().item() / chance
+
+    most = torch.zeros(60, 36, dtype=torch.bool).scatter(1, covered.topk(9, dim=1).indices, True)
+    anywhere = torch.rand(60, 36, generator=torch.Generator().manual_seed(0)).argsort(1) < 9
+    assert estimate(most) > 1.8 and 0.85 < estimate(anywhere) < 1.15 and estimate(~most) < 0.8

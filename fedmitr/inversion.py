@@ -77,11 +77,13 @@ def invert(
     settings: InversionSettings,
     seed: int,
     *,
+    recorded: int = 20,
     progress: Callable[[int], object] | None = None,
 ) -> SyntheticSet:
     """Invert one batch of target labels (B,): min_x CE(A(x_S), y) + a_tv TV(x) + a_l2 |x|² over Adam.
 
-    progress is called with 1 after each iteration. The same arguments give the same images.
+    recorded: how many of the images are pictured on the way, in `history["frames"]`. progress is called
+    with 1 after each iteration. The same arguments give the same images.
     """
     rng, at = generator(seed, "inversion"), labels.device
     member = ensemble.members[0]
@@ -99,7 +101,8 @@ def invert(
 
     for step in range(settings.iterations + 1):
         if step in wanted:
-            frames.append((step, _scatter(canvas, keep, live.patches.detach()), _mask(keep, rows * columns)))
+            laid = _scatter(canvas, keep, live.patches.detach())[:recorded]
+            frames.append((step, laid, _mask(keep, rows * columns)[:recorded]))
         if step == settings.iterations:
             break
         if step in stops:
@@ -133,8 +136,8 @@ def invert(
             final = F.nll_loss(ensemble.forward_patches(patches, keep), labels, reduction="none")
     history = {name: torch.stack(values).cpu() for name, values in log.items()}
     history["frame_at"] = torch.tensor([f[0] for f in frames])
-    history["frames"] = torch.stack([unpatchify(f[1][:20], patch, side) for f in frames]).cpu()
-    history["frame_masks"] = torch.stack([f[2][:20] for f in frames]).cpu()
+    history["frames"] = torch.stack([unpatchify(f[1], patch, side) for f in frames]).cpu()
+    history["frame_masks"] = torch.stack([f[2] for f in frames]).cpu()
     pixels = unpatchify(_scatter(canvas, keep, patches), patch, side)
     return SyntheticSet(pixels, labels, _mask(keep, rows * columns), final, history)
 

@@ -5,6 +5,7 @@ Transformers" (ICLR 2025 submission 9305; arXiv 2605.10748).
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from timm.models.vision_transformer import VisionTransformer
@@ -44,12 +45,17 @@ def synthetic_set(
     parts = []
     with progress(len(keys) * settings.inversion.iterations, "inversion", "it") as bar:
         for index, (key, labels) in enumerate(zip(keys, batches, strict=True)):
-            seed, before = derive_seed(settings.seed, "batch", index), bar.n
-
-            def make(labels=labels, seed=seed) -> SyntheticSet:
-                return invert(ensemble, labels.to(device()), settings.inversion, seed, progress=bar.update)
-
-            parts.append(store.get("synthetic", key, load_synthetic, make, save_synthetic))
+            before = bar.n
+            draw = partial(
+                invert,
+                ensemble,
+                labels.to(device()),
+                settings.inversion,
+                derive_seed(settings.seed, "batch", index),
+                recorded=20 if index == 0 else 0,  # the pictures of one batch are enough to plot
+                progress=bar.update,
+            )
+            parts.append(store.get("synthetic", key, load_synthetic, draw, save_synthetic))
             bar.update(before + settings.inversion.iterations - bar.n)
     return SyntheticSet.concat(parts)
 

@@ -13,18 +13,24 @@ import click
 from .errors import BadInput
 from .settings import METHODS, PROFILES, Settings, fields, parse_assignment
 
+MOST_SEEDS = 10_000
 HINT = "--set takes every setting that `fedmitr settings` lists, such as inversion.iterations=200."
 
 
 class OneLine(click.Group):
-    """A group that turns BadInput into one line and exit status 2."""
+    """A group that says what is wrong with its input in one line and exits with status 2."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            return super().main(*args, **kwargs | {"standalone_mode": False})
         except BadInput as error:
             click.echo(f"fedmitr: {error}", err=True)
             sys.exit(2)
+        except click.ClickException as error:
+            click.echo(f"fedmitr: {error.format_message()}", err=True)
+            sys.exit(error.exit_code)
+        except click.Abort:
+            sys.exit(130)
 
 
 @click.group(cls=OneLine)
@@ -110,9 +116,8 @@ def compare(methods, seeds, profile, task, clients, alpha, assignments, store, o
     table = summarise(runs)
     click.echo(table.to_string(float_format="{:.3f}".format))
     if as_json:
-        click.echo(
-            json.dumps({"summary": table.reset_index().to_dict("records"), "runs": runs.to_dict("records")})
-        )
+        table = table.astype(object).where(table.notna(), None).reset_index()  # JSON knows no NaN
+        click.echo(json.dumps({"summary": table.to_dict("records"), "runs": runs.to_dict("records")}))
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -121,7 +126,8 @@ def parse_seeds(text: str) -> list[int]:
     try:
         for part in text.split(","):
             first, _, last = part.strip().partition("-")
-            seeds += range(int(first), int(last or first) + 1)
+            span = range(int(first), int(last or first) + 1)
+            seeds += span if len(span) <= MOST_SEEDS else []
     except ValueError:
         seeds = []
     if not seeds:

@@ -57,7 +57,7 @@ def train_client(
         shape=ModelShape.of(name, vit),
         weights={k: v.detach().cpu().contiguous() for k, v in vit.state_dict().items()},
         class_counts=tuple(counts.tolist()),
-    )
+    ).checked()  # training that diverged must not reach the store or the server
 
 
 def local_loss(vit: VisionTransformer, images, labels, settings: ClientSettings):

@@ -7,6 +7,7 @@ import pandas as pd
 from scipy import stats
 from tqdm.auto import tqdm
 
+from .errors import BadInput
 from .experiment import run
 from .settings import Settings
 
@@ -21,13 +22,18 @@ def compare(
     out: Path | None = None,
 ) -> pd.DataFrame:
     """One row per method and setting; finished runs come from the store. Rewrites `out` after every run."""
+    if out:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.touch()
+        except OSError as error:
+            raise BadInput(f"out={str(out)!r} cannot be written: {error.strerror}") from None
     rows = []
     grid = [(s, m) for s in settings for m in methods]
     for one, method in tqdm(grid, desc="runs", unit="run"):
         result = run(method, one, store)
         rows.append({name: getattr(result, name) for name in COLUMNS})
         if out:
-            out.parent.mkdir(parents=True, exist_ok=True)
             pd.DataFrame(rows).to_csv(out, index=False, float_format="%.6f")
     return pd.DataFrame(rows)
 

@@ -94,7 +94,9 @@ class Experiment:
 
     def check(self) -> None:
         """Everything that can be wrong with the settings is found here, before any work."""
-        _ = self.shards
+        for client in range(len(self.shards)):
+            if self.store.has("uploads", self.upload_key(client)):  # damaged ones are refused now
+                self.store.read("uploads", self.upload_key(client), Upload.load)
 
     def _train(self, clients: Sequence[tuple[int, Tensor]], key_of, title: str) -> list[Upload]:
         settings = self.settings.client
@@ -141,6 +143,12 @@ class Experiment:
         uploads = [self.central_upload] if method == "central" else self.uploads
         return METHODS[method](uploads, self.settings, self.store)
 
+    @cached_property
+    def reference_scores(self) -> dict[str, list[float]]:
+        """Test accuracies of what every method is measured against: one, or one per client for `local`."""
+        names = ("ensemble", "fedavg", "local")
+        return {name: [accuracy(m, self.task.test) for m in self.models(name)] for name in names}
+
     def result(self, method: str) -> Result:
         """Run a method and evaluate it and its references on the test split."""
         s, test = self.settings, self.task.test
@@ -157,9 +165,7 @@ class Experiment:
         s = self.settings
         models = self.models(method)
         per_class = torch.stack([accuracy_per_class(m, test, len(self.task.classes)) for m in models])
-        scores = {
-            name: [accuracy(m, test) for m in self.models(name)] for name in ("ensemble", "fedavg", "local")
-        }
+        scores = self.reference_scores
         own = scores.get(method) or [accuracy(m, test) for m in models]
         return Result(
             run_id=key,

@@ -6,6 +6,8 @@ attends to least leave for good: from then on they get no forward, no gradient, 
 
 Jitter and flip: a view is the image rolled by some pixels and perhaps mirrored, and the kept set
 moves with it. Of the view only the patches at the moved places are embedded; `move` gives the places.
+After a shift that is no multiple of the patch, the window at such a place also shows a few pixels of
+its neighbours; where those have stopped, they are shown as they are and still get no update.
 """
 
 import math
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ensemble import Ensemble
+from .errors import BadInput
 from .runtime import device, generator
 from .settings import InversionSettings
 from .store import read_tensors, write_tensors
@@ -139,6 +142,10 @@ def invert(
     history["frames"] = torch.stack([unpatchify(f[1], patch, side) for f in frames]).cpu()
     history["frame_masks"] = torch.stack([f[2] for f in frames]).cpu()
     pixels = unpatchify(_scatter(canvas, keep, patches), patch, side)
+    if not pixels.isfinite().all():
+        raise BadInput(
+            f"inversion.lr={settings.lr}: the pixels diverged to NaN or Inf; allowed is a lower rate"
+        )
     return SyntheticSet(pixels, labels, _mask(keep, rows * columns), final, history)
 
 

@@ -22,7 +22,7 @@ from .vit import gather_tokens, kept_patches, patch_features
 @torch.inference_mode()
 def predict(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
     """Class probabilities (n, C) on the CPU; the model may return logits or log-probabilities."""
-    at = device()
+    at = next((p.device for p in model.parameters()), images.device)
     return torch.cat([model(part.to(at)).softmax(dim=-1).cpu() for part in images.split(batch_size)])
 
 

@@ -7,9 +7,9 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from .errors import BadInput
-from .experiment import Result
+from .experiment import Experiment, Result
 from .paths import default_store, home, output_folder, shipped
-from .settings import read_profile
+from .settings import Settings
 from .store import Store
 
 SUMMARY = "summary.csv"
@@ -31,9 +31,9 @@ def reproduce(profile: str, only: str | None = None, store: Path | str | None = 
     Every stage that an earlier run finished comes from the store, so a stopped run goes on where it
     was. Executed copies lie in notebooks/executed/PROFILE.
     """
-    read_profile(profile)
-    chosen = notebooks(only)
+    settings, chosen = Settings.load(profile), notebooks(only)
     store = Store(store or default_store())
+    Experiment(settings, store).check()
     import papermill  # slow to import, and only this command needs it
 
     executed = home() / "notebooks" / "executed" / profile

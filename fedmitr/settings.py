@@ -20,6 +20,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 OpenShare = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -43,6 +44,12 @@ class TaskSettings(Block):
     degrees: NotNegative = setting(15.0, "largest rotation of a digit, degrees")
     validation: OpenShare = setting(0.1, "share of the images held out for validation")
     test: OpenShare = setting(0.25, "share of the images held out for the test")
+
+    @model_validator(mode="after")
+    def _scale_rises(self):
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale={list(self.scale)} must rise")
+        return self
 
 
 class PartitionSettings(Block):
@@ -102,7 +109,7 @@ class InversionSettings(Block):
     batch_size: Count = setting(100, "images inverted together", "SMI")
     iterations: Count = setting(80, "steps of the optimiser", "SMI: 4000")
     lr: Positive = setting(0.25, "Adam's learning rate", "SMI")
-    betas: tuple[Share, Share] = setting((0.5, 0.99), "Adam's betas", "SMI")
+    betas: tuple[Beta, Beta] = setting((0.5, 0.99), "Adam's betas", "SMI")
     stop_at: tuple[int, ...] = setting(
         (10, 20, 30, 40), "iterations after which patches stop", "SMI: 50,100,200,300"
     )
@@ -168,7 +175,7 @@ class DistillSettings(Block):
 class Settings(Block):
     """One run. `seed` fixes everything random in it."""
 
-    seed: int = setting(0, "fixes data, partition, training, inversion and distillation", ge=0)
+    seed: int = setting(0, "fixes data, partition, training, inversion and distillation", ge=0, le=2**32 - 1)
     task: TaskSettings = TaskSettings()
     partition: PartitionSettings = PartitionSettings()
     model: ModelSettings = ModelSettings()

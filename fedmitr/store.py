@@ -14,12 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy
+import sklearn
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import BadInput
+from .runtime import device
 
 SECONDS = "seconds.json"
 FORMAT = 1  # raised when a stage computes something else under the same settings
@@ -27,8 +30,9 @@ Artefact = TypeVar("Artefact")
 
 
 def fingerprint(*parts: Any) -> str:
-    """A short stable hash of JSON-able parts, of the library versions and of the artefact format."""
-    text = json.dumps([FORMAT, torch.__version__, timm.__version__, *parts], sort_keys=True, default=str)
+    """A short stable hash of JSON-able parts, library versions, kind of device and artefact format."""
+    made_with = [FORMAT, device().type, *(m.__version__ for m in (numpy, sklearn, timm, torch))]
+    text = json.dumps([made_with, *parts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -37,6 +41,8 @@ class Store:
 
     def __init__(self, root: Path | str) -> None:
         """Raises BadInput when the folder cannot be made or written."""
+        if not str(root).strip():
+            raise BadInput("store='' is empty: give the path of a folder")
         self.root = Path(root)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -56,6 +62,7 @@ class Store:
         target = self.path(stage, key)
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=target.parent))
+        aside.chmod(0o755)  # mkdtemp's own is for one user; a store may be shared
         try:
             write(aside)
             os.replace(aside, target)
@@ -76,7 +83,7 @@ class Store:
     ) -> Artefact:
         """The artefact at an address: read if it is there, else made and written, with its seconds."""
         if self.has(stage, key):
-            return read(self.path(stage, key))
+            return self.read(stage, key, read)
         start = time.perf_counter()
         made = make()
         seconds = time.perf_counter() - start
@@ -87,6 +94,15 @@ class Store:
 
         self.put(stage, key, fill)
         return made
+
+    def read(self, stage: str, key: str, read: Callable[[Path], Artefact]) -> Artefact:
+        """A finished artefact; BadInput, naming the folder to delete, when it is damaged."""
+        folder = self.path(stage, key)
+        try:
+            return read(folder)
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise BadInput(f"{reason}; damaged: delete {folder} to make it again") from None
 
     def seconds(self, stage: str, key: str) -> float:
         """How long the artefact took when it was made."""

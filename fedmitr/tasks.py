@@ -90,8 +90,11 @@ def stratified_split(labels: np.ndarray, validation: float, test: float, seed: i
             f"task.validation={validation} and task.test={test} leave no training images: sum below 1"
         )
     everything = np.arange(len(labels))
-    rest, held = train_test_split(everything, test_size=test, stratify=labels, random_state=seed)
-    train, val = train_test_split(
-        rest, test_size=validation / (1 - test), stratify=labels[rest], random_state=seed
-    )
+    try:
+        rest, held = train_test_split(everything, test_size=test, stratify=labels, random_state=seed)
+        train, val = train_test_split(
+            rest, test_size=validation / (1 - test), stratify=labels[rest], random_state=seed
+        )
+    except ValueError as error:
+        raise BadInput(f"task.validation={validation} and task.test={test}: {error}") from None
     return np.sort(train), np.sort(val), np.sort(held)

@@ -6,6 +6,7 @@ out cost nothing: they are neither embedded nor attended to.
 """
 
 import hashlib
+import logging
 from pathlib import Path
 
 import timm
@@ -85,23 +86,25 @@ def _create_timm(
     if image_size and "_patch" in name:
         _check_multiple(name, image_size, int(name.split("_patch")[1].split("_")[0]))
     try:
-        vit = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
+        vit = timm.create_model(name, num_classes=num_classes, **options)
     except TypeError:  # a network that takes no image size: no Vision Transformer
         vit = None
-    except (OSError, RuntimeError, ConnectionError) as error:
-        if not pretrained:
-            raise
-        raise BadInput(
-            f"model.pretrained=true: the weights of {name!r} could not be downloaded "
-            f"({type(error).__name__}); give a local safetensors file as model.checkpoint=PATH"
-        ) from error
     if not _is_plain(vit):
         raise BadInput(
             f"model.name={name!r} cannot be used: allowed are timm VisionTransformers with a CLS token, "
             "absolute position embedding, patches cut from the image and plain blocks"
         )
     _check_multiple(name, vit.patch_embed.img_size[0], vit.patch_embed.patch_size[0])
-    return vit
+    if not pretrained:
+        return vit
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the line below says all
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=num_classes, **options)
+    except (OSError, RuntimeError, ConnectionError) as error:
+        raise BadInput(
+            f"model.pretrained=true: the weights of {name!r} could not be downloaded "
+            f"({type(error).__name__}); give a local safetensors file as model.checkpoint=PATH"
+        ) from error
 
 
 def _known_to_timm(name: str) -> bool:

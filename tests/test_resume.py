@@ -23,14 +23,14 @@ def test_a_killed_run_resumes_after_its_last_whole_batch(uploads, tmp_path, monk
     whole = pipeline.synthetic_set(uploads, RUN, Store(tmp_path / "whole"))
     calls, killed = [], Store(tmp_path / "killed")
 
-    def killed_in_the_second(ensemble, labels, settings, seed, progress):
+    def killed_in_the_second(ensemble, labels, settings, seed, recorded, progress):
         calls.append(labels)
 
         def kill(step):
             if len(calls) == 2:
                 raise KeyboardInterrupt
 
-        return invert(ensemble, labels, settings, seed, progress=kill)
+        return invert(ensemble, labels, settings, seed, recorded=recorded, progress=kill)
 
     monkeypatch.setattr(pipeline, "invert", killed_in_the_second)
     with pytest.raises(KeyboardInterrupt):
@@ -38,9 +38,9 @@ def test_a_killed_run_resumes_after_its_last_whole_batch(uploads, tmp_path, monk
     kept = [killed.has("synthetic", key) for key in pipeline.inversion_keys(uploads, RUN)]
     assert kept == [True, False, False]
 
-    def count(ensemble, labels, settings, seed, progress):
+    def count(ensemble, labels, settings, seed, recorded, progress):
         calls.append(labels)
-        return invert(ensemble, labels, settings, seed, progress=progress)
+        return invert(ensemble, labels, settings, seed, recorded=recorded, progress=progress)
 
     calls.clear()
     monkeypatch.setattr(pipeline, "invert", count)

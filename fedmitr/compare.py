@@ -1,5 +1,6 @@
 """Several methods on the same clients over several seeds, and what that says."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tqdm.auto import tqdm
 from .errors import BadInput
 from .experiment import run
 from .settings import Settings
+from .store import write_csv
 
 COLUMNS = ("method", "task", "alpha", "clients", "seed", "accuracy")
 REFERENCE = "fedmitr"
@@ -25,7 +27,8 @@ def compare(
     if out:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.touch()
+            with tempfile.TemporaryFile(dir=out.parent):
+                pass
         except OSError as error:
             raise BadInput(f"out={str(out)!r} cannot be written: {error.strerror}") from None
     rows = []
@@ -34,7 +37,7 @@ def compare(
         result = run(method, one, store)
         rows.append({name: getattr(result, name) for name in COLUMNS})
         if out:
-            pd.DataFrame(rows).to_csv(out, index=False, float_format="%.6f")
+            write_csv(pd.DataFrame(rows), out, digits=6)
     return pd.DataFrame(rows)
 
 

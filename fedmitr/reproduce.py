@@ -10,7 +10,7 @@ from .errors import BadInput
 from .experiment import Experiment, Result
 from .paths import default_store, home, output_folder, shipped
 from .settings import Settings
-from .store import Store
+from .store import Store, write_csv
 
 SUMMARY = "summary.csv"
 
@@ -56,5 +56,5 @@ def write_summary(results: Sequence[Result], profile: str) -> pd.DataFrame:
     """One row per run, as results/summary.csv too; no timings: the same runs give the same bytes."""
     columns = ("method", "task", "alpha", "clients", "seed", "accuracy", "upload_bytes")
     table = pd.DataFrame([{name: getattr(r, name) for name in columns} for r in results])
-    table.to_csv(output_folder("results", profile) / SUMMARY, index=False, float_format="%.4f")
+    write_csv(table, output_folder("results", profile) / SUMMARY, digits=4)
     return table

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy
+import pandas as pd
 import sklearn
 import timm
 import torch
@@ -113,6 +114,13 @@ def write_json(path: Path, data: Any) -> None:
     """Plain JSON, replaced in one step."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+    os.replace(aside, path)
+
+
+def write_csv(table: pd.DataFrame, path: Path, digits: int) -> None:
+    """A table without its index, replaced in one step."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    table.to_csv(aside, index=False, float_format=f"%.{digits}f")
     os.replace(aside, path)
 
 

@@ -14,7 +14,18 @@ from .errors import BadInput
 from .settings import METHODS, PROFILES, Settings, fields, parse_assignment
 
 MOST_SEEDS = 10_000
-HINT = "--set takes every setting that `fedmitr settings` lists, such as inversion.iterations=200."
+
+
+def settings_page() -> str:
+    """Every setting on one line each: default, what is allowed, meaning, source."""
+    lines = []
+    for row in fields():
+        limits = f" [{row['allowed']}]" if row["allowed"] else ""
+        lines.append(f"{row['setting']} = {row['default']}{limits}: {row['meaning']} ({row['source']})")
+    return "\n".join(lines)
+
+
+HINT = "\b\nSettings for --set, with their defaults and where these are from:\n" + settings_page()
 
 
 class OneLine(click.Group):
@@ -171,12 +182,7 @@ def info(as_json) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def list_settings(as_json) -> None:
     """Every setting: default, what is allowed, meaning and source."""
-    for row in fields():
-        if as_json:
-            click.echo(json.dumps(row))
-        else:
-            limits = f" [{row['allowed']}]" if row["allowed"] else ""
-            click.echo(f"{row['setting']} = {row['default']}{limits}\n    {row['meaning']} ({row['source']})")
+    click.echo("\n".join(map(json.dumps, fields())) if as_json else settings_page())
 
 
 if __name__ == "__main__":

@@ -284,13 +284,14 @@ def _allowed(field: Any) -> str:
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
     if choices := [a for a in get_args(field.annotation) if isinstance(a, str)]:
         return ", ".join(choices)
+    of_items = [info for item in get_args(field.annotation) for info in getattr(item, "__metadata__", ())]
     limits = [
         f"{s} {getattr(m, n)}"
-        for m in field.metadata
+        for m in [*field.metadata, *(m for info in of_items for m in info.metadata)]
         for n, s in signs.items()
         if getattr(m, n, None) is not None
     ]
-    return ", ".join(limits)
+    return ", ".join(dict.fromkeys(limits))  # the items of a pair share theirs
 
 
 def defaults() -> dict[str, Any]:

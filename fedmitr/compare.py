@@ -1,6 +1,5 @@
 """Several methods on the same clients over several seeds, and what that says."""
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,10 +7,9 @@ import pandas as pd
 from scipy import stats
 from tqdm.auto import tqdm
 
-from .errors import BadInput
 from .experiment import run
 from .settings import Settings
-from .store import write_csv
+from .store import check_writable, write_csv
 
 COLUMNS = ("method", "task", "alpha", "clients", "seed", "accuracy")
 REFERENCE = "fedmitr"
@@ -25,12 +23,7 @@ def compare(
 ) -> pd.DataFrame:
     """One row per method and setting; finished runs come from the store. Rewrites `out` after every run."""
     if out:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=out.parent):
-                pass
-        except OSError as error:
-            raise BadInput(f"out={str(out)!r} cannot be written: {error.strerror}") from None
+        check_writable(out.parent, f"out={str(out)!r}")
     rows = []
     grid = [(s, m) for s in settings for m in methods]
     for one, method in tqdm(grid, desc="runs", unit="run"):

@@ -37,6 +37,16 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def check_writable(folder: Path, setting: str) -> None:
+    """Make a folder; BadInput, naming the setting, when it cannot be made or written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BadInput(f"{setting} cannot be written: {error.strerror or error}") from None
+
+
 class Store:
     """Artefacts under one folder, addressed by stage and key."""
 
@@ -45,12 +55,7 @@ class Store:
         if not str(root).strip():
             raise BadInput("store='' is empty: give the path of a folder")
         self.root = Path(root)
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.root):
-                pass
-        except OSError as error:
-            raise BadInput(f"store={str(root)!r} cannot be written: {error.strerror or error}") from None
+        check_writable(self.root, f"store={str(root)!r}")
 
     def path(self, stage: str, key: str) -> Path:
         return self.root / stage / key

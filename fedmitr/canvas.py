@@ -14,7 +14,11 @@ from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from sklearn.isotonic import isotonic_regression
 from torch import Tensor
+
+from .compare import REFERENCES, SEVERAL
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILLION, PINK = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
@@ -157,3 +161,31 @@ def draw_tokens(axis: Axes, probabilities: Tensor, mask: Tensor) -> None:
             axis.text(patch % side, patch // side, text, color=ink, fontsize=9, ha="center", va="center")
     if not mask.all():
         draw_outline(axis, square(mask).numpy(), color=BLACK)
+
+
+# --- methods ----------------------------------------------------------------------------------------
+
+
+def method_marker(method: str) -> dict[str, str]:
+    """How a method is drawn: diamond, or square for a reference; open where all clients' blocks answer."""
+    color = VERMILLION if method == "fedmitr" else BLACK
+    shape = "s" if method in REFERENCES else "D"
+    return {"marker": shape, "color": color, "markerfacecolor": "white" if method in SEVERAL else color}
+
+
+def draw_method_key(figure: Figure) -> None:
+    """What the markers of methods mean, below the axes."""
+    said = {"fedavg": "one model", "fusefl": "runs all clients' blocks at every answer"}
+    said |= {"central": "reference", "ensemble": "reference that runs all clients' blocks"}
+    handles = [Line2D([], [], ls="", markersize=5, label=t, **method_marker(m)) for m, t in said.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, columnspacing=1.2, handletextpad=0.2)
+
+
+def spread(values: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
+    """Values moved as little as can be to lie at least `gap` apart in [low, high], in the same order."""
+    order = np.argsort(values, kind="stable")
+    steps = gap * np.arange(len(order))
+    apart = isotonic_regression(np.asarray(values)[order] - steps, y_min=low, y_max=high - steps[-1]) + steps
+    moved = np.empty(len(order))
+    moved[order] = apart
+    return moved

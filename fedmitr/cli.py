@@ -4,6 +4,7 @@ Progress goes to stderr. Bad input is one line on stderr and exit status 2, befo
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,22 @@ def main() -> None:
     """One-shot federated learning with Vision Transformers: FedMITR, reproducible."""
 
 
+def set_jobs(context: click.Context, option: click.Parameter, jobs: int | None) -> None:
+    """--jobs is the environment's FEDMITR_JOBS, which worker processes and notebooks see too."""
+    if jobs is not None:
+        os.environ["FEDMITR_JOBS"] = str(jobs)
+
+
+jobs_option = click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    callback=set_jobs,
+    expose_value=False,
+    metavar="N",
+    help="Processes; default one per core, up to 8. The results are the same for any number.",
+)
+
+
 def settings_options(command):
     """The options that say what is run, shared by `run` and `compare`."""
     options = [
@@ -63,6 +80,7 @@ def settings_options(command):
         click.option(
             "--store", type=click.Path(path_type=Path), help="Folder of artefacts; default data/store."
         ),
+        jobs_option,
     ]
     for option in reversed(options):
         command = option(command)
@@ -150,6 +168,7 @@ def parse_seeds(text: str) -> list[int]:
 @click.option("--profile", default="laptop", show_default=True, metavar="P", help=", ".join(PROFILES))
 @click.option("--only", help="Numbers of the notebooks to run, such as 03,04.")
 @click.option("--store", type=click.Path(path_type=Path), help="Folder of artefacts; default data/store.")
+@jobs_option
 def reproduce(profile, only, store) -> None:
     """Run the notebooks with papermill: rewrites figures/ and results/, resumes what was stopped."""
     from papermill.exceptions import PapermillExecutionError

@@ -1,17 +1,28 @@
 """Several methods on the same clients over several seeds, and what that says."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 from scipy import stats
-from tqdm.auto import tqdm
 
-from .experiment import run
+from .experiment import Experiment, Result
+from .parallel import parallel
+from .runtime import progress
 from .settings import Settings
 from .store import check_writable, write_csv
 
 COLUMNS = ("method", "task", "alpha", "clients", "seed", "accuracy")
+ACCOUNT = (
+    "exchanges",
+    "upload_bytes",
+    "download_bytes",
+    "synthetic_images",
+    "student_steps",
+    "inference_flops",
+)
+SECONDS = ("client_seconds", "server_seconds")
 REFERENCE = "fedmitr"
 
 
@@ -21,17 +32,59 @@ def compare(
     store: Path | str | None = None,
     out: Path | None = None,
 ) -> pd.DataFrame:
-    """One row per method and setting; finished runs come from the store. Rewrites `out` after every run."""
+    """One row per method and setting; finished runs come from the store.
+
+    Rewrites the CSV `out`, and beside it the times (`seconds_file`), after every run.
+    """
     if out:
         check_writable(out.parent, f"out={str(out)!r}")
-    rows = []
-    grid = [(s, m) for s in settings for m in methods]
-    for one, method in tqdm(grid, desc="runs", unit="run"):
-        result = run(method, one, store)
-        rows.append({name: getattr(result, name) for name in COLUMNS})
-        if out:
-            write_csv(pd.DataFrame(rows), out, digits=6)
-    return pd.DataFrame(rows)
+    everyone = [Experiment(one, store) for one in settings]
+    for experiment in everyone:  # all of them before the first is run
+        experiment.check()
+    clients = [(e.settings, k) for e in everyone for k in range(len(e.shards))]
+    grid = [(one, method) for one in settings for method in methods]
+    rows: dict[int, dict[str, object]] = {}
+    where = everyone[0].store.root
+    with progress(len(clients) + len(grid), "clients and runs", "part") as bar:
+        for _ in parallel(partial(_train_apart, where), clients):
+            bar.update(1)
+        for index, row in parallel(partial(_run_apart, where), grid):
+            rows[index] = row
+            bar.update(1)
+            if out:
+                write_table(pd.DataFrame([rows[i] for i in sorted(rows)]), out)
+    return pd.DataFrame([rows[i] for i in range(len(grid))])
+
+
+def _train_apart(store: Path, part: tuple[Settings, int]) -> None:
+    settings, client = part
+    Experiment(settings, store).train(client)
+
+
+def _run_apart(store: Path, part: tuple[Settings, str]) -> dict[str, object]:
+    settings, method = part
+    return row_of(Experiment(settings, store).result(method))
+
+
+def row_of(result: Result) -> dict[str, object]:
+    """One row of the table: what was run, how accurate, and its account.
+
+    The clients' seconds are of all of them together, one after the other; the server's of all its stages.
+    """
+    clients = result.seconds.get("clients", 0.0)
+    seconds = {"client_seconds": clients, "server_seconds": sum(result.seconds.values()) - clients}
+    return {name: getattr(result, name) for name in COLUMNS + ACCOUNT} | seconds
+
+
+def write_table(table: pd.DataFrame, out: Path) -> None:
+    """The CSV of runs, and its times beside it."""
+    write_csv(table[[*COLUMNS, *ACCOUNT]], out, digits=6)
+    write_csv(table[["method", "seed", *SECONDS]], seconds_file(out), digits=3)
+
+
+def seconds_file(out: Path) -> Path:
+    """Where the times of `out` lie: apart, so that the results of a run are the same bytes every time."""
+    return out.with_name(f"{out.stem}_seconds{out.suffix}")
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
@@ -48,3 +101,54 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
         width = difference.std() / len(wide) ** 0.5 * stats.t.ppf(0.975, max(1, len(wide) - 1))
         rows.append(row | {"minus fedmitr": difference.mean(), "± 95 %": width})
     return pd.DataFrame(rows).set_index("method")
+
+
+# The methods as papers spell them, in the order in which the comparison tells of them.
+NAMES = {
+    "fedavg": "FedAvg",
+    "fdafl": "F-DAFL",
+    "fadi": "F-ADI",
+    "dense": "DENSE",
+    "co_boosting": "Co-Boosting",
+    "fedftg": "FedFTG",
+    "fusefl": "FuseFL",
+    "fedmitr": "FedMITR",
+    "ensemble": "ensemble",
+    "local": "local",
+    "central": "central",
+}
+REFERENCES = ("ensemble", "local", "central")
+SEVERAL = ("fusefl", "ensemble")  # not one model: every answer runs the blocks of all clients
+
+
+def account_table(runs: pd.DataFrame, seconds: pd.DataFrame) -> pd.DataFrame:
+    """What each method reaches and what it costs, as text: means over seeds, in the order of `NAMES`.
+
+    runs and seconds are the two files that `compare` writes. A star marks what is not one model; the
+    factor beside the operations of one answer is against the cheapest method.
+    """
+    scores = summarise(runs)
+    costs = runs.groupby("method")[list(ACCOUNT)].mean()
+    costs = costs.join(seconds.groupby("method")[list(SECONDS)].mean())
+    rows, alone = {}, runs["seed"].nunique() == 1
+    for method in [m for m in NAMES if m in costs.index]:
+        score, cost = scores.loc[method], costs.loc[method]
+        times = cost["inference_flops"] / costs["inference_flops"].min()
+        rows[NAMES[method] + " *" * (method in SEVERAL)] = {
+            "accuracy": f"{score['mean']:.3f}" + ("" if alone else f" ± {score['std']:.3f}"),
+            "minus FedMITR [95 %]": "" if method == REFERENCE else interval(score),
+            "exchanges": f"{cost['exchanges']:.0f}",
+            "MB up": f"{cost['upload_bytes'] / 1e6:.2f}",
+            "MB down": f"{cost['download_bytes'] / 1e6:.2f}",
+            "synthetic images": f"{cost['synthetic_images']:.0f}",
+            "student steps": f"{cost['student_steps']:.0f}",
+            "MFLOP an answer": f"{cost['inference_flops'] / 1e6:.0f}" + f" ({times:.1f}×)" * (times > 1.05),
+            "server seconds": f"{cost['server_seconds']:.1f}",
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def interval(score: pd.Series) -> str:
+    """The paired difference of a row of `summarise` with its interval; empty where it has none."""
+    gap, half = score["minus fedmitr"], score["± 95 %"]
+    return "" if pd.isna(half) else f"{gap:+.3f} [{gap - half:+.3f}, {gap + half:+.3f}]"

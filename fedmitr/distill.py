@@ -1,7 +1,7 @@
 """Distillation: synthetic images, labels and token labels in, one global model out (method step 5)."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 import torch
@@ -21,6 +21,7 @@ from .settings import DistillSettings, RelabelSettings
 from .vit import forward_tokens, grid_size, normalisation
 
 VIEW_BATCH = 256  # images that the teacher labels together
+Batch = tuple[Tensor, ...]
 
 
 def distill(
@@ -38,12 +39,10 @@ def distill(
     progress is called with 1 after each step.
     """
     rng = generator(seed, "distill")
-    student.train().requires_grad_(True)
-    optimizer = make_optimizer(student, "adamw", settings.lr, settings.weight_decay)
-    schedule = make_schedule(optimizer, "one_cycle", settings.steps)
+    optimizer, schedule = student_optimizer(student, settings)
     of_background = background_labels(ensemble, synthetic, relabel.temperature)
 
-    def fresh(pick: Tensor) -> tuple[Tensor, ...]:
+    def fresh(pick: Tensor) -> Batch:
         images, mask = view(student, synthetic, pick, settings, rng)
         labels = synthetic.labels[pick]
         teacher, soft = soft_token_labels(ensemble, images, of_background[pick], relabel)
@@ -51,11 +50,45 @@ def distill(
 
     draw, count = fresh, len(synthetic)
     if settings.views:  # the teacher, K forwards an image, labels every view once
-        drawn = zip(*map(fresh, epochs(count, VIEW_BATCH, rng, settings.views)), strict=True)
-        pool = [torch.cat(column) for column in drawn]
-        draw, count = lambda pick: tuple(column[pick] for column in pool), len(pool[0])
-    for pick in islice(epochs(count, settings.batch_size, rng), settings.steps):
-        images, teacher, labels, tokens = draw(pick)
+        pool = draw_views(fresh, count, settings.views, rng)
+        draw, count = rows_of(pool), len(pool[0])
+    batches = map(draw, islice(epochs(count, settings.batch_size, rng), settings.steps))
+    return train_student(student, batches, optimizer, schedule, settings, relabel, progress)
+
+
+def draw_views(fresh: Callable[[Tensor], Batch], count: int, views: int, rng: torch.Generator) -> Batch:
+    """`views` random views of each of `count` images, as `fresh` draws and labels them: columns of rows."""
+    drawn = zip(*map(fresh, epochs(count, VIEW_BATCH, rng, views)), strict=True)
+    return tuple(map(torch.cat, drawn))
+
+
+def rows_of(columns: Batch) -> Callable[[Tensor], Batch]:
+    """A function from indices (B,) to those rows of every column."""
+    return lambda pick: tuple(column[pick] for column in columns)
+
+
+def student_optimizer(student: VisionTransformer, settings: DistillSettings, steps: int | None = None):
+    """AdamW on all of the student and its one-cycle schedule over `steps`, default settings.steps."""
+    student.requires_grad_(True)
+    optimizer = make_optimizer(student, "adamw", settings.lr, settings.weight_decay)
+    return optimizer, make_schedule(optimizer, "one_cycle", steps or settings.steps)
+
+
+def train_student(
+    student: VisionTransformer,
+    batches: Iterable[Batch],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    settings: DistillSettings,
+    relabel: RelabelSettings,
+    progress: Callable[[int], object] | None = None,
+) -> VisionTransformer:
+    """One step on each batch: images, teacher's log-probabilities, labels, token targets.
+
+    Returns the student in evaluation mode.
+    """
+    student.train().requires_grad_(True)
+    for images, teacher, labels, tokens in batches:
         loss = distill_loss(student, images, teacher, labels, tokens, settings, relabel)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -109,7 +142,7 @@ def view(
     if settings.augment:
         maps = random_maps(len(pick), settings.augment, rng)
         images, mask = warp(images, maps), warp_mask(mask, maps, grid)
-    if settings.background == "texture":
+    if settings.background == "texture" and not mask.all():  # dense inversion has no background
         foreground = pixel_mask(mask, grid, images.shape[-2:])
         images = torch.where(foreground, images, random_textures(student, images, rng))
     return images, mask

@@ -32,8 +32,11 @@ class Ensemble(nn.Module):
 
     def forward(self, images: Tensor, keep: Tensor | None = None, temperature: float = 1.0) -> Tensor:
         """Log-probabilities (B, C) of images (B, ch, H, W), seen on the kept patches (B, M) alone."""
-        logits = torch.stack([self._class_logits(m, *kept_patches(m, images, keep)) for m in self.members])
-        return self.combine(logits, temperature)
+        return self.combine(self.logits(images, keep), temperature)
+
+    def logits(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Every client's class logits (K, B, C), not yet combined."""
+        return torch.stack([self._class_logits(m, *kept_patches(m, images, keep)) for m in self.members])
 
     def forward_patches(self, patches: Tensor, position: Tensor) -> Tensor:
         """Log-probabilities (B, C) of patches (B, M, ch·p·p) at grid positions (B, M)."""
@@ -53,14 +56,19 @@ class Ensemble(nn.Module):
 
     def combine(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
         """Clients' logits (K, ..., C) to the ensemble's log-probabilities (..., C)."""
-        weights = self.weights.view(len(logits), *[1] * (logits.ndim - 2), -1)
-        if self.mode in ON_LOGITS:
-            return F.log_softmax((weights * logits).sum(dim=0) / temperature, dim=-1)
-        return torch.logsumexp(F.log_softmax(logits / temperature, dim=-1) + weights.log(), dim=0)
+        return combine(logits, self.weights, self.mode, temperature)
 
     @staticmethod
     def _class_logits(member: nn.Module, patches: Tensor, position: Tensor) -> Tensor:
         return member.forward_head(patch_features(member, patches, position))
+
+
+def combine(logits: Tensor, weights: Tensor, mode: str, temperature: float = 1.0) -> Tensor:
+    """Clients' logits (K, ..., C) with weights (K, 1) or (K, C) to log-probabilities (..., C)."""
+    weights = weights.view(len(logits), *[1] * (logits.ndim - 2), -1)
+    if mode in ON_LOGITS:
+        return F.log_softmax((weights * logits).sum(dim=0) / temperature, dim=-1)
+    return torch.logsumexp(F.log_softmax(logits / temperature, dim=-1) + weights.log(), dim=0)
 
 
 def client_weights(uploads: Sequence[Upload], mode: str) -> Tensor:
@@ -70,10 +78,20 @@ def client_weights(uploads: Sequence[Upload], mode: str) -> Tensor:
     if mode == "size":
         sizes = torch.tensor([float(u.size) for u in uploads])
         return (sizes / sizes.sum())[:, None]
-    without = [u.client for u in uploads if u.class_counts is None]
-    if without:
-        raise BadInput(f"ensemble.mode='class' needs class_counts: upload of client {without[0]} has none")
-    counts = torch.tensor([u.class_counts for u in uploads], dtype=torch.float32)
+    return class_weights(uploads)
+
+
+def class_weights(uploads: Sequence[Upload]) -> Tensor:
+    """Each client's share of every class, c_k[y] / Σ_j c_j[y]: (K, C) (FedFTG)."""
+    counts = histograms(uploads)
     # a class that nobody holds falls back to equal weights
     counts = torch.where(counts.sum(dim=0) > 0, counts, torch.ones_like(counts))
     return counts / counts.sum(dim=0)
+
+
+def histograms(uploads: Sequence[Upload]) -> Tensor:
+    """The uploads' class histograms c_k: (K, C). Raises BadInput for an upload without one."""
+    without = [u.client for u in uploads if u.class_counts is None]
+    if without:
+        raise BadInput(f"ensemble.mode='class' needs class_counts: upload of client {without[0]} has none")
+    return torch.tensor([u.class_counts for u in uploads], dtype=torch.float32)

@@ -4,20 +4,21 @@ This is the only room that sees both sides. Clients get shards and give uploads;
 """
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel
+from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
-from .client import local_steps, train_client
+from .client import FusionClient, local_steps, train_client
 from .errors import BadInput
-from .methods import METHODS
-from .methods.fedmitr import distill_key, inversion_keys
-from .metrics import accuracy, accuracy_per_class
+from .methods import METHODS, Outcome
+from .metrics import accuracy, accuracy_per_class, inference_flops
+from .parallel import jobs, parallel
 from .partition import partition
 from .paths import default_store
 from .runtime import progress, versions
@@ -27,9 +28,16 @@ from .tasks import Split, Task, load_task
 from .upload import Upload
 from .vit import create_vit, normalisation, weights_digest
 
+NEED_COUNTS = ("fedftg",)  # the methods that ask every client for its class histogram c_k
+
 
 class Result(BaseModel):
-    """What one run reports; accuracies are on the test split, in [0, 1]."""
+    """What one run reports; accuracies are on the test split, in [0, 1].
+
+    The account: exchanges between clients and server; bytes of all messages up and down; synthetic
+    images that the student learned from and the steps it took; floating-point operations of the
+    reported model on one image; seconds of every stage, as measured when it was made.
+    """
 
     run_id: str
     method: str
@@ -43,7 +51,12 @@ class Result(BaseModel):
     fedavg_accuracy: float
     local_accuracies: list[float]
     best_local_accuracy: float
+    exchanges: int
     upload_bytes: int
+    download_bytes: int
+    synthetic_images: int
+    student_steps: int
+    inference_flops: int
     seconds: dict[str, float]
     settings: dict[str, Any]
     versions: dict[str, str | None]
@@ -54,6 +67,7 @@ class Experiment:
 
     def __init__(self, settings: Settings, store: Store | Path | str | None = None) -> None:
         """The store is a folder; by default $FEDMITR_STORE, else data/store."""
+        torch.set_num_threads(settings.threads)
         self.settings = settings
         self.store = store if isinstance(store, Store) else Store(store or default_store())
 
@@ -82,9 +96,43 @@ class Experiment:
     @cached_property
     def uploads(self) -> list[Upload]:
         """What every client sends, once; the class histogram only where the ensemble asks for it."""
-        everyone = self._train(list(enumerate(self.shards)), self.upload_key, "clients")
         wanted = self.settings.ensemble.mode == "class"
-        return [u if wanted else u.without_counts() for u in everyone]
+        return [u if wanted else u.without_counts() for u in self._everyone]
+
+    @cached_property
+    def _everyone(self) -> list[Upload]:
+        """All uploads with their histograms; those that are not in the store are trained side by side."""
+        names = range(len(self.shards))
+        todo = [k for k in names if not self.store.has("uploads", self.upload_key(k))]
+        if len(todo) > 1 and jobs() > 1:
+            todo.sort(key=lambda k: -len(self.shards[k]))  # the longest first
+            with progress(len(todo), "clients", "client") as bar:
+                for _ in parallel(partial(_train_apart, self.settings, self.store.root), todo):
+                    bar.update(1)
+        return self._train([(k, self.shards[k]) for k in names], self.upload_key, "clients")
+
+    def train(self, client: int) -> None:
+        """Train one client, unless its upload is in the store."""
+        self._train([(client, self.shards[client])], lambda _: self.upload_key(client), "client")
+
+    @cached_property
+    def clients(self) -> list[FusionClient]:
+        """The clients themselves, for the method that exchanges more than one message with each."""
+        s = self.settings
+        return [
+            FusionClient(
+                self.initial,
+                self.task.train.subset(shard),
+                s.client,
+                s.fusefl,
+                self.store,
+                client=client,
+                key=self.upload_key(client),
+                name=s.model.name,
+                seed=s.seed,
+            )
+            for client, shard in enumerate(self.shards)
+        ]
 
     @cached_property
     def central_upload(self) -> Upload:
@@ -138,16 +186,22 @@ class Experiment:
             weights_digest(s.model),
         ]
 
-    def models(self, method: str) -> list[nn.Module]:
-        """The models that a method leaves out: one, or one per client for `local`."""
-        uploads = [self.central_upload] if method == "central" else self.uploads
-        return METHODS[method](uploads, self.settings, self.store)
+    def outcome(self, method: str) -> Outcome:
+        """What a method leaves behind: its models, its synthetic images, its account."""
+        given: Sequence[Any] = self.uploads
+        if method == "central":
+            given = [self.central_upload]
+        elif method == "fusefl":
+            given = self.clients
+        elif method in NEED_COUNTS:
+            given = self._everyone
+        return METHODS[method](given, self.settings, self.store)
 
     @cached_property
     def reference_scores(self) -> dict[str, list[float]]:
         """Test accuracies of what every method is measured against: one, or one per client for `local`."""
         names = ("ensemble", "fedavg", "local")
-        return {name: [accuracy(m, self.task.test) for m in self.models(name)] for name in names}
+        return {name: [accuracy(m, self.task.test) for m in self.outcome(name).models] for name in names}
 
     def result(self, method: str) -> Result:
         """Run a method and evaluate it and its references on the test split."""
@@ -162,8 +216,8 @@ class Experiment:
         )
 
     def _evaluate(self, method: str, key: str, test: Split) -> Result:
-        s = self.settings
-        models = self.models(method)
+        s, outcome = self.settings, self.outcome(method)
+        models, image = outcome.models, test.images[:1]
         per_class = torch.stack([accuracy_per_class(m, test, len(self.task.classes)) for m in models])
         scores = self.reference_scores
         own = scores.get(method) or [accuracy(m, test) for m in models]
@@ -180,21 +234,40 @@ class Experiment:
             fedavg_accuracy=scores["fedavg"][0],
             local_accuracies=scores["local"],
             best_local_accuracy=max(scores["local"]),
-            upload_bytes=sum(u.bytes for u in self.uploads),
-            seconds=self._seconds(method),
+            **self._wire(method, outcome),
+            synthetic_images=len(outcome.synthetic) if outcome.synthetic else 0,
+            student_steps=outcome.student_steps,
+            inference_flops=inference_flops(models[0], image),
+            seconds=self._seconds(method, outcome),
             settings=s.model_dump(mode="json"),
             versions=versions(),
         )
 
-    def _seconds(self, method: str) -> dict[str, float]:
+    def _wire(self, method: str, outcome: Outcome) -> dict[str, int]:
+        """Exchanges and bytes up and down; by default one upload each, and the shared model to each."""
+        sent = self._everyone if method in NEED_COUNTS else self.uploads
+        up, down = outcome.uplink_bytes, outcome.downlink_bytes
+        shared = {name: value.contiguous() for name, value in self.initial.state_dict().items()}
+        return {
+            "exchanges": outcome.exchanges,
+            "upload_bytes": sum(u.bytes for u in sent) if up is None else up,
+            "download_bytes": len(save(shared)) * len(sent) if down is None else down,
+        }
+
+    def _seconds(self, method: str, outcome: Outcome) -> dict[str, float]:
         """Seconds of every stage, as measured when its artefact was made."""
-        made = {"clients": [("uploads", self.upload_key(k)) for k in range(len(self.shards))]}
         if method == "central":
-            made = {"central": [("uploads", self.central_key)]}
-        if method == "fedmitr":
-            made["inversion"] = [("synthetic", key) for key in inversion_keys(self.uploads, self.settings)]
-            made["distillation"] = [("global", distill_key(self.uploads, self.settings))]
-        return {stage: round(sum(self.store.seconds(*a) for a in parts), 3) for stage, parts in made.items()}
+            seconds = {"central": self.store.seconds("uploads", self.central_key)}
+        elif method == "fusefl":
+            seconds = {"clients": sum(client.seconds for client in self.clients)}
+        else:
+            keys = [self.upload_key(k) for k in range(len(self.shards))]
+            seconds = {"clients": sum(self.store.seconds("uploads", key) for key in keys)}
+        return {stage: round(value, 3) for stage, value in (seconds | outcome.seconds).items()}
+
+
+def _train_apart(settings: Settings, store: Path, client: int) -> None:
+    Experiment(settings, store).train(client)
 
 
 def _write_result(result: Result, folder: Path) -> None:

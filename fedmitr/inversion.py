@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from .ensemble import Ensemble
@@ -24,7 +25,7 @@ from .errors import BadInput
 from .runtime import device, generator
 from .settings import InversionSettings
 from .store import read_tensors, write_tensors
-from .vit import gather_tokens, grid_size, patchify, unpatchify
+from .vit import gather_tokens, grid_size, patch_features, patchify, unpatchify
 
 COLUMNS = ("pixels", "labels", "mask", "loss")
 FRAMES = 13  # pictures of a batch kept for plotting, from first noise to last iterate
@@ -80,13 +81,17 @@ def invert(
     settings: InversionSettings,
     seed: int,
     *,
+    rival: VisionTransformer | None = None,
+    competition: float = 0.0,
     recorded: int = 20,
     progress: Callable[[int], object] | None = None,
 ) -> SyntheticSet:
     """Invert one batch of target labels (B,): min_x CE(A(x_S), y) + a_tv TV(x) + a_l2 |x|² over Adam.
 
-    recorded: how many of the images are pictured on the way, in `history["frames"]`. progress is called
-    with 1 after each iteration. The same arguments give the same images.
+    With a rival, a frozen student, `competition`·(1 − JS(ensemble, rival)) is added: images on which the
+    two disagree (Adaptive DeepInversion, Yin et al. 2020). recorded: how many of the images are pictured
+    on the way, in `history["frames"]`. progress is called with 1 after each iteration. The same arguments
+    give the same images.
     """
     rng, at = generator(seed, "inversion"), labels.device
     member = ensemble.members[0]
@@ -114,13 +119,17 @@ def invert(
             keep = keep.gather(1, survivors)
             live.keep(survivors)
         image = unpatchify(_scatter(canvas, keep, live.patches), patch, side)
-        log_probs = ensemble.forward_patches(*random_view(image, keep, patch, settings, rng))
+        seen = random_view(image, keep, patch, settings, rng)
+        log_probs = ensemble.forward_patches(*seen)
         cross_entropy = F.nll_loss(log_probs, labels, reduction="none")
         loss = settings.ce * cross_entropy
         if settings.tv:
             loss = loss + settings.tv * total_variation(image)
         if settings.l2:
             loss = loss + settings.l2 * live.patches.square().sum(dim=(1, 2))
+        if rival is not None and competition:
+            of_rival = rival.forward_head(patch_features(rival, *seen))
+            loss = loss + competition * (1 - jensen_shannon(log_probs, of_rival))
         if settings.keep_best and step >= max(settings.stop_at, default=0):
             best.update(loss.detach(), cross_entropy.detach(), live.patches.detach())
         live.step(loss.sum())
@@ -187,6 +196,17 @@ def total_variation(images: Tensor) -> Tensor:
     down = (images[:, :, 1:] - images[:, :, :-1]).square().sum(dim=(1, 2, 3))
     right = (images[..., 1:] - images[..., :-1]).square().sum(dim=(1, 2, 3))
     return down + right
+
+
+def jensen_shannon(teacher: Tensor, student: Tensor, temperature: float = 3.0) -> Tensor:
+    """JS divergence (B,) of softened predictions, in bits: 0 where they agree, at most 1.
+
+    Takes logits or log-probabilities (B, C). T = 3 as in the DeepInversion code.
+    """
+    p, q = ((x / temperature).log_softmax(dim=-1) for x in (teacher, student))
+    middle = torch.logaddexp(p, q) - math.log(2)
+    both = (p.exp() * (p - middle) + q.exp() * (q - middle)).sum(dim=-1)
+    return both / (2 * math.log(2))
 
 
 def remaining(count: int, ratios: Sequence[float]) -> int:

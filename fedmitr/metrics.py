@@ -10,6 +10,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from .ensemble import Ensemble
 from .inversion import SyntheticSet, remaining
@@ -97,6 +99,15 @@ def label_skew(counts: Tensor) -> Tensor:
     """
     own, common = counts / counts.sum(1, keepdim=True), counts.sum(0) / counts.sum()
     return (own - common).abs().sum(1) / 2
+
+
+@torch.inference_mode()
+def inference_flops(model: nn.Module, image: Tensor) -> int:
+    """Floating-point operations of any model on one image (1, ch, H, W), as torch counts them."""
+    at = next((p.device for p in model.parameters()), image.device)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(image.to(at))
+    return counter.get_total_flops()
 
 
 def forward_flops(vit: VisionTransformer, patches: int) -> int:

@@ -4,6 +4,9 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from tqdm.auto import tqdm
@@ -36,6 +39,16 @@ def static() -> bool:
 def progress(total: int, title: str, unit: str) -> tqdm:
     """A progress bar on stderr, or in the notebook."""
     return tqdm(total=total, desc=title, unit=unit, disable=static())
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the time that a block takes to seconds[stage]."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:

@@ -14,7 +14,19 @@ from .paths import shipped
 
 PROFILES = ("smoke", "laptop", "paper")
 TASKS = {"digits": 10, "digits-plain": 10}  # name -> number of classes
-METHODS = ("fedmitr", "fedavg", "ensemble", "local", "central")
+METHODS = (
+    "fedmitr",
+    "fedavg",
+    "fdafl",
+    "fadi",
+    "dense",
+    "co_boosting",
+    "fedftg",
+    "fusefl",
+    "ensemble",
+    "local",
+    "central",
+)
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -89,6 +101,9 @@ class ClientSettings(Block):
     augment: Share = setting(0.5, "strength of random scale, rotation and shift; 0 is none")
     token_weight: NotNegative = setting(
         0.0, "weight of the image label on the patch tokens as well", "LV-ViT"
+    )
+    fedprox: NotNegative = setting(
+        0.0, "weight μ of (μ/2)‖w − w_shared‖² in the local loss; 0 is plain training", "Li et al. 2020"
     )
 
 
@@ -172,10 +187,80 @@ class DistillSettings(Block):
     augment: Share = setting(0.7, "strength of random scale, rotation and shift of pixels and mask")
 
 
+class FadiSettings(Block):
+    """F-ADI: dense DeepInversion against a growing student, then distillation."""
+
+    rounds: Count = setting(2, "times that inversion and distillation alternate", "choice")
+    competition: NotNegative = setting(
+        1.0, "weight of 1 − JS(teacher, student) in the inversion loss", "choice"
+    )
+
+
+class GeneratorSettings(Block):
+    """What every method with a generator has."""
+
+    rounds: Count = setting(4, "rounds of generation, then distillation", "DENSE, Co-Boosting: 200")
+    generator_steps: Count = setting(40, "optimiser steps of the generator in a round", "DENSE: 30")
+    lr: Positive = setting(1e-3, "Adam's learning rate of the generator", "DENSE")
+    latent: Count = setting(100, "length of the noise z", "FedFTG; DENSE: 256")
+    width: Count = setting(32, "channels of the generator", "DENSE: 64")
+    images: Count = setting(400, "synthetic images in all, under budget=own")
+    student_steps: Count = setting(600, "student steps in all, under budget=own")
+
+
+class FdaflSettings(GeneratorSettings):
+    """F-DAFL: a generator whose images excite the ensemble, each one class, all classes alike."""
+
+    batch_size: Count = setting(64, "images of a generator step", "DAFL: 512")
+    activation: NotNegative = setting(0.1, "weight α of the teacher's mean absolute feature", "DAFL")
+    entropy: NotNegative = setting(5.0, "weight β of the batch's class entropy", "DAFL")
+
+
+class DenseSettings(GeneratorSettings):
+    """DENSE: images of given classes on which student and ensemble still disagree."""
+
+    disagreement: NotNegative = setting(1.0, "weight of the boundary-support loss", "DENSE's code")
+    temperature: Positive = setting(3.0, "T of that loss", "DENSE's code")
+
+
+class CoBoostingSettings(DenseSettings):
+    """Co-Boosting: DENSE on hard samples, with an ensemble whose weights are learned."""
+
+    hardness: NotNegative = setting(1.0, "exponent of (1 − p_y) in the hard-sample loss", "Co-Boosting")
+    perturbation: NotNegative = setting(
+        8 / 255, "step of the adversarial perturbation, of full brightness", "Co-Boosting"
+    )
+    weight_step: NotNegative = setting(0.01, "step μ of the ensemble's weights", "Co-Boosting")
+    weight_decay: Share = setting(0.99, "factor of μ from round to round", "Co-Boosting")
+
+
+class FedftgSettings(GeneratorSettings):
+    """FedFTG: a class-conditional generator of hard samples for the averaged model."""
+
+    batch_size: Count = setting(64, "images of a generator step", "FedFTG: 50")
+    classification: NotNegative = setting(1.0, "weight λ_cls of the class-level cross-entropy", "FedFTG")
+    diversity: NotNegative = setting(1.0, "weight λ_dis of the diversity loss", "FedFTG")
+
+
+class FuseflSettings(Block):
+    """FuseFL: train, upload and fuse the network stage by stage."""
+
+    stages: Count = setting(2, "stages the network is split into; one exchange each", "FuseFL")
+    adaptor: Literal["average", "linear"] = setting(
+        "average", "how clients' features are fused between stages", "FuseFL"
+    )
+
+
 class Settings(Block):
     """One run. `seed` fixes everything random in it."""
 
     seed: int = setting(0, "fixes data, partition, training, inversion and distillation", ge=0, le=2**32 - 1)
+    threads: Count = setting(1, "CPU threads of a process; results may differ in the last bits with another")
+    budget: Literal["equal", "own"] = setting(
+        "equal",
+        "equal: every method that distils makes inversion.images images and takes distill.steps steps; "
+        "own: the numbers in its block",
+    )
     task: TaskSettings = TaskSettings()
     partition: PartitionSettings = PartitionSettings()
     model: ModelSettings = ModelSettings()
@@ -184,6 +269,12 @@ class Settings(Block):
     inversion: InversionSettings = InversionSettings()
     relabel: RelabelSettings = RelabelSettings()
     distill: DistillSettings = DistillSettings()
+    fdafl: FdaflSettings = FdaflSettings()
+    fadi: FadiSettings = FadiSettings()
+    dense: DenseSettings = DenseSettings()
+    co_boosting: CoBoostingSettings = CoBoostingSettings()
+    fedftg: FedftgSettings = FedftgSettings()
+    fusefl: FuseflSettings = FuseflSettings()
 
     @classmethod
     def load(cls, profile: str = "laptop", overrides: dict[str, Any] | None = None) -> "Settings":

@@ -26,13 +26,14 @@ from .errors import BadInput
 from .runtime import device
 
 SECONDS = "seconds.json"
-FORMAT = 1  # raised when a stage computes something else under the same settings
+FORMAT = 2  # raised when a stage computes something else under the same settings
 Artefact = TypeVar("Artefact")
 
 
 def fingerprint(*parts: Any) -> str:
-    """A short stable hash of JSON-able parts, library versions, kind of device and artefact format."""
-    made_with = [FORMAT, device().type, *(m.__version__ for m in (numpy, sklearn, timm, torch))]
+    """A short stable hash of JSON-able parts, library versions, device, threads and artefact format."""
+    machine = [device().type, torch.get_num_threads()]  # another number of threads rounds differently
+    made_with = [FORMAT, *machine, *(m.__version__ for m in (numpy, sklearn, timm, torch))]
     text = json.dumps([made_with, *parts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import settings as hypothesis_settings
 
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("FEDMITR_JOBS", "1")  # small work: starting processes would take longer
 
 import fedmitr as fm
 from fedmitr.settings import TaskSettings
@@ -15,7 +16,7 @@ from fedmitr.vit import normalisation
 
 hypothesis_settings.register_profile("suite", derandomize=True, deadline=None, max_examples=25, database=None)
 hypothesis_settings.load_profile("suite")
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)  # as settings.threads, so that every test computes alike
 
 CLASSES = 10
 

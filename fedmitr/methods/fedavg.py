@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 
-from timm.models.vision_transformer import VisionTransformer
-
 from ..runtime import device
 from ..settings import Settings
 from ..store import Store
 from ..upload import Upload, average_weights
+from .outcome import Outcome
 
 
-def fedavg(uploads: Sequence[Upload], settings: Settings, store: Store) -> list[VisionTransformer]:
+def fedavg(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
     """w = Σ_k (n_k / n) w_k, in a single exchange."""
     vit = uploads[0].shape.build()
     vit.load_state_dict(average_weights(uploads))
-    return [vit.eval().to(device())]
+    return Outcome([vit.eval().to(device())])

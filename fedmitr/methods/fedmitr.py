@@ -8,21 +8,32 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
+from tqdm.auto import tqdm
 
 from ..distill import distill
 from ..ensemble import Ensemble
 from ..inversion import SyntheticSet, invert, label_batches, load_synthetic, save_synthetic
+from ..parallel import jobs, parallel
 from ..runtime import derive_seed, device, progress
 from ..settings import Settings
 from ..store import Store, fingerprint, read_tensors, write_tensors
-from ..upload import Upload, average_weights
-from ..vit import create_vit, weights_digest
+from ..upload import Upload
+from ..vit import weights_digest
+from .outcome import Outcome
+from .rounds import student_start
 
 
-def fedmitr(uploads: Sequence[Upload], settings: Settings, store: Store) -> list[VisionTransformer]:
+def fedmitr(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
     """Uploads to one global model: invert, relabel, distil; each stage kept in the store."""
-    return [global_model(uploads, synthetic_set(uploads, settings, store), settings, store)]
+    synthetic = synthetic_set(uploads, settings, store)
+    model = global_model(uploads, synthetic, settings, store)
+    seconds = {
+        "inversion": sum(store.seconds("synthetic", key) for key in inversion_keys(uploads, settings)),
+        "distillation": store.seconds("global", distill_key(uploads, settings)),
+    }
+    return Outcome([model], seconds, synthetic, settings.distill.steps)
 
 
 def inversion_keys(uploads: Sequence[Upload], settings: Settings) -> list[str]:
@@ -40,24 +51,42 @@ def synthetic_set(
     first: stop after that many batches, default all.
     """
     keys = inversion_keys(uploads, settings)[:first]
-    ensemble = Ensemble(uploads, settings.ensemble).to(device())
-    batches = label_batches(settings.inversion, ensemble.num_classes, settings.seed)[:first]
-    parts = []
+    todo = [index for index, key in enumerate(keys) if not store.has("synthetic", key)]
+    if len(todo) > 1 and jobs() > 1:
+        with progress(len(todo), "inversion", "batch") as bar:
+            for _ in parallel(partial(_invert_apart, uploads, settings, store), todo):
+                bar.update(1)
     with progress(len(keys) * settings.inversion.iterations, "inversion", "it") as bar:
-        for index, (key, labels) in enumerate(zip(keys, batches, strict=True)):
-            before = bar.n
-            draw = partial(
-                invert,
-                ensemble,
-                labels.to(device()),
-                settings.inversion,
-                derive_seed(settings.seed, "batch", index),
-                recorded=20 if index == 0 else 0,  # the pictures of one batch are enough to plot
-                progress=bar.update,
-            )
-            parts.append(store.get("synthetic", key, load_synthetic, draw, save_synthetic))
-            bar.update(before + settings.inversion.iterations - bar.n)
-    return SyntheticSet.concat(parts)
+        return SyntheticSet.concat([_batch(uploads, settings, store, i, bar) for i in range(len(keys))])
+
+
+def _batch(
+    uploads: Sequence[Upload], settings: Settings, store: Store, index: int, bar: tqdm
+) -> SyntheticSet:
+    """One batch of synthetic images, from the store or inverted now."""
+    before, key = bar.n, inversion_keys(uploads, settings)[index]
+
+    def make() -> SyntheticSet:
+        ensemble = Ensemble(uploads, settings.ensemble).to(device())
+        labels = label_batches(settings.inversion, ensemble.num_classes, settings.seed)[index]
+        return invert(
+            ensemble,
+            labels.to(device()),
+            settings.inversion,
+            derive_seed(settings.seed, "batch", index),
+            recorded=20 if index == 0 else 0,  # the pictures of one batch are enough to plot
+            progress=bar.update,
+        )
+
+    made = store.get("synthetic", key, load_synthetic, make, save_synthetic)
+    bar.update(before + settings.inversion.iterations - bar.n)
+    return made
+
+
+def _invert_apart(uploads: Sequence[Upload], settings: Settings, store: Store, index: int) -> None:
+    torch.set_num_threads(settings.threads)
+    with progress(settings.inversion.iterations, "inversion", "it") as bar:
+        _batch(uploads, settings, store, index, bar)
 
 
 def distill_key(uploads: Sequence[Upload], settings: Settings) -> str:
@@ -93,21 +122,3 @@ def global_model(
         write_tensors(model.state_dict(), folder / "weights.safetensors")
 
     return store.get("global", distill_key(uploads, settings), read, make, write)
-
-
-def student_start(uploads: Sequence[Upload], settings: Settings) -> VisionTransformer:
-    """The student before distillation: the shared initial model, or the average of the clients."""
-    shape, model = uploads[0].shape, settings.model
-    if settings.distill.start == "average":
-        vit = shape.build()
-        vit.load_state_dict(average_weights(uploads))
-    else:
-        vit = create_vit(
-            shape.name,
-            shape.num_classes,
-            pretrained=model.pretrained,
-            checkpoint=model.checkpoint,
-            image_size=shape.image_size,
-            in_chans=shape.in_chans,
-        )
-    return vit.to(device())

@@ -2,29 +2,28 @@
 
 from collections.abc import Sequence
 
-from torch import nn
-
 from ..ensemble import Ensemble
 from ..runtime import device
 from ..settings import Settings
 from ..store import Store
 from ..upload import Upload
+from .outcome import Outcome
 
 
-def local(uploads: Sequence[Upload], settings: Settings, store: Store) -> list[nn.Module]:
-    """Every client's own model; the mean is what a client picked at random would have."""
-    return [u.vit().to(device()) for u in uploads]
+def local(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
+    """Every client's own model, nothing sent; the mean is what a client picked at random would have."""
+    return Outcome([u.vit().to(device()) for u in uploads], exchanges=0, uplink_bytes=0)
 
 
-def ensemble(uploads: Sequence[Upload], settings: Settings, store: Store) -> list[nn.Module]:
+def ensemble(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
     """All uploads answering together: not a single model, K times the inference cost."""
-    return [Ensemble(uploads, settings.ensemble).to(device())]
+    return Outcome([Ensemble(uploads, settings.ensemble).to(device())])
 
 
-def central(uploads: Sequence[Upload], settings: Settings, store: Store) -> list[nn.Module]:
+def central(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
     """The upper bound: the model of one client that holds every training image.
 
     The one method that is not federated; its only upload comes from `experiment.central_upload`.
     """
     (everything,) = uploads
-    return [everything.vit().to(device())]
+    return Outcome([everything.vit().to(device())], exchanges=0, uplink_bytes=0, downlink_bytes=0)

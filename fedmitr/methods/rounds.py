@@ -1,0 +1,157 @@
+"""What methods share that distil: the student's start, its rounds of learning, the stored outcome."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from ..distill import Batch, draw_views, epochs, rows_of, student_optimizer, train_student, view
+from ..ensemble import Ensemble
+from ..inversion import SyntheticSet, load_synthetic, save_synthetic
+from ..runtime import device, generator
+from ..settings import GeneratorSettings, RelabelSettings, Settings
+from ..store import Store, fingerprint, read_tensors, write_json, write_tensors
+from ..upload import Upload, average_weights
+from ..vit import create_vit, weights_digest
+from .outcome import Outcome
+
+NO_TOKENS = RelabelSettings(mode="none")
+WEIGHTS, ACCOUNT = "weights.safetensors", "account.json"
+Teacher = Callable[[Tensor, Tensor], Tensor]  # clients' logits (K, B, C) and labels (B,) to log-probs (B, C)
+
+
+def student_start(uploads: Sequence[Upload], settings: Settings) -> VisionTransformer:
+    """The student before distillation: the shared initial model, or the average of the clients."""
+    shape, model = uploads[0].shape, settings.model
+    if settings.distill.start == "average":
+        vit = shape.build()
+        vit.load_state_dict(average_weights(uploads))
+    else:
+        vit = create_vit(
+            shape.name,
+            shape.num_classes,
+            pretrained=model.pretrained,
+            checkpoint=model.checkpoint,
+            image_size=shape.image_size,
+            in_chans=shape.in_chans,
+        )
+    return vit.to(device())
+
+
+class Student:
+    """A student that learns, round by round, from a growing pool of images that the clients labelled.
+
+    The pool keeps every client's logits for each view, so that a teacher whose weights change, or that
+    depends on the wanted label, costs no new forward passes.
+    """
+
+    def __init__(
+        self,
+        uploads: Sequence[Upload],
+        settings: Settings,
+        method: str,
+        steps: int,
+        change: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """steps: of all rounds; change: what is done to each view before clients and student see it."""
+        self.ensemble = Ensemble(uploads, settings.ensemble).to(device())
+        self.vit = student_start(uploads, settings)
+        self.settings, self.change = settings.distill, change
+        self.optimizer, self.schedule = student_optimizer(self.vit, settings.distill, steps)
+        self.rng = generator(settings.seed, method, "distill")
+        self.parts: list[SyntheticSet] = []
+        self.views: list[Batch] = []
+
+    @property
+    def frozen(self) -> VisionTransformer:
+        """The student as a fixed opponent: evaluation mode, no gradients for its weights."""
+        return self.vit.eval().requires_grad_(False)
+
+    @property
+    def images(self) -> SyntheticSet:
+        return SyntheticSet.concat(self.parts)
+
+    def add(self, images: Tensor, labels: Tensor) -> None:
+        """Put images (n, ch, H, W) made for labels (n,) into the pool, and have the clients see them."""
+        part = whole_images(self.vit, images, labels)
+        self.parts.append(part)
+        if self.settings.views:
+            draw = partial(self._view, part)
+            self.views.append(draw_views(draw, len(part), self.settings.views, self.rng))
+
+    def pool(self) -> Batch:
+        """All stored views (V, ch, H, W), their labels (V,) and the clients' logits (V, K, C).
+
+        With distill.views=0 nothing is stored, and one new view of each image is drawn.
+        """
+        if not self.settings.views:
+            return draw_views(partial(self._view, self.images), len(self.images), 1, self.rng)
+        return tuple(map(torch.cat, zip(*self.views, strict=True)))
+
+    def learn(self, steps: int, teacher: Teacher, progress: Callable[[int], object] | None = None) -> None:
+        """Distil for some steps on random batches of the whole pool, labelled by `teacher`."""
+        if self.settings.views:
+            pool = self.pool()
+            draw, count = rows_of(pool), len(pool[0])
+        else:
+            draw, count = partial(self._view, self.images), len(self.images)
+
+        def batches() -> Iterator[Batch]:
+            for pick in islice(epochs(count, self.settings.batch_size, self.rng), steps):
+                images, labels, logits = draw(pick)
+                yield images, teacher(logits.transpose(0, 1), labels), labels, None
+
+        train_student(self.vit, batches(), self.optimizer, self.schedule, self.settings, NO_TOKENS, progress)
+
+    def _view(self, images: SyntheticSet, pick: Tensor) -> Batch:
+        seen = view(self.vit, images, pick, self.settings, self.rng)[0]
+        seen = self.change(seen) if self.change else seen
+        with torch.no_grad():
+            return seen, images.labels[pick], self.ensemble.logits(seen).transpose(0, 1)
+
+
+def whole_images(vit: VisionTransformer, images: Tensor, labels: Tensor) -> SyntheticSet:
+    """Generated images as a synthetic set in which every patch counts."""
+    count = vit.patch_embed.num_patches
+    mask = torch.ones(len(images), count, dtype=torch.bool, device=images.device)
+    return SyntheticSet(images, labels, mask, torch.zeros(len(images), device=images.device))
+
+
+def portions(total: int, parts: int) -> list[int]:
+    """total in `parts` whole numbers that differ by at most one."""
+    return [total * (i + 1) // parts - total * i // parts for i in range(parts)]
+
+
+def budget(settings: Settings, own: GeneratorSettings) -> tuple[int, int]:
+    """Synthetic images and student steps of a method: everyone's, or those of its own block."""
+    if settings.budget == "equal":
+        return settings.inversion.images, settings.distill.steps
+    return own.images, own.student_steps
+
+
+def stored(
+    method: str, uploads: Sequence[Upload], settings: Settings, store: Store, make: Callable[[], Outcome]
+) -> Outcome:
+    """A method's one student from the store, or made and kept with its images and its account."""
+    blocks = [getattr(settings, b).model_dump() for b in ("ensemble", "inversion", "distill", method)]
+    shared = [weights_digest(settings.model), settings.budget, settings.seed]
+    key = fingerprint(method, [u.digest for u in uploads], blocks, shared)
+
+    def read(folder: Path) -> Outcome:
+        vit = uploads[0].shape.build()
+        vit.load_state_dict(read_tensors(folder / WEIGHTS))
+        account = json.loads((folder / ACCOUNT).read_text())
+        return Outcome([vit.eval().to(device())], synthetic=load_synthetic(folder), **account)
+
+    def write(outcome: Outcome, folder: Path) -> None:
+        write_tensors(outcome.models[0].state_dict(), folder / WEIGHTS)
+        save_synthetic(outcome.synthetic, folder)
+        seconds = {stage: round(value, 3) for stage, value in outcome.seconds.items()}
+        write_json(folder / ACCOUNT, {"seconds": seconds, "student_steps": outcome.student_steps})
+
+    return store.get("methods", key, read, make, write)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
@@ -18,7 +19,7 @@ from matplotlib.lines import Line2D
 from sklearn.isotonic import isotonic_regression
 from torch import Tensor
 
-from .compare import REFERENCES, SEVERAL
+from .compare import NAMES, REFERENCES, SEVERAL
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILLION, PINK = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
@@ -175,10 +176,9 @@ def method_marker(method: str) -> dict[str, str]:
 
 def draw_method_key(figure: Figure) -> None:
     """What the markers of methods mean, below the axes."""
-    said = {"fedavg": "one model", "fusefl": "runs all clients' blocks at every answer"}
-    said |= {"central": "reference", "ensemble": "reference that runs all clients' blocks"}
+    said = {"fedavg": "one model", "fusefl": "all clients' blocks at every answer", "central": "reference"}
     handles = [Line2D([], [], ls="", markersize=5, label=t, **method_marker(m)) for m, t in said.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, columnspacing=1.2, handletextpad=0.2)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, handletextpad=0.2)
 
 
 def spread(values: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
@@ -189,3 +189,47 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> np.n
     moved = np.empty(len(order))
     moved[order] = apart
     return moved
+
+
+TICKS = (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
+
+
+def draw_costs(axis: Axes, scores: pd.DataFrame, cost: pd.Series) -> None:
+    """Accuracy (columns mean, std) against a cost, both by method; logarithmic from 1 on, linear below.
+
+    Points that would cover each other are set side by side, with a bracket under those of one cost. The
+    limits of accuracy must be set before.
+    """
+    top = 2 * max(1, cost.max())
+    axis.set_xscale("symlog", linthresh=1, linscale=0.4)
+    axis.set(xlim=(-0.2, top), xticks=[t for t in TICKS if t < top])
+    axis.xaxis.set_major_formatter("{x:g}")
+    table = scores.assign(cost=cost.round(1)).sort_values(["cost", "mean"])
+    to_share = axis.transScale + axis.transLimits  # of the axes' width and height
+    at = spread(to_share.transform(table[["cost", "mean"]].to_numpy())[:, 0], 0.024, 0.03, 0.97)
+    for x, (method, row) in zip(at, table.iterrows(), strict=True):
+        across = {"transform": axis.get_yaxis_transform()}
+        axis.errorbar(x, row["mean"], row["std"], ms=5, lw=0.9, **method_marker(method), **across)
+    for value in table["cost"].unique():
+        same = table["cost"] == value
+        if same.sum() > 1:
+            ends = at[same].min() - 0.01, at[same].max() + 0.01
+            axis.plot(ends, [0.03, 0.03], color=BLACK, lw=1.2, transform=axis.transAxes)
+            axis.text(
+                sum(ends) / 2, 0.045, f"{value:g} each", ha="center", fontsize=9, transform=axis.transAxes
+            )
+    for here in (at < 0.5, at >= 0.5):
+        if here.any():
+            _name_points(axis, at[here], table["mean"][here])
+
+
+def _name_points(axis: Axes, at: np.ndarray, heights: pd.Series) -> None:
+    """Methods' names in a column beside their points, on the side of the axes' middle, joined by lines."""
+    left, (low, high) = at.max() < 0.5, axis.get_ylim()
+    edge, side = (at.max() + 0.05, "left") if left else (at.min() - 0.05, "right")
+    rows = spread(heights, 0.062 * (high - low), low, high - 0.03 * (high - low))
+    across = {"transform": axis.get_yaxis_transform()}
+    for x, y, row, method in zip(at, heights, rows, heights.index, strict=True):
+        color = method_marker(method)["color"]
+        axis.plot([x, edge], [y, row], color="#999999", lw=0.6, zorder=0, **across)
+        axis.text(edge, row, NAMES[method], ha=side, va="center", fontsize=9, color=color, **across)

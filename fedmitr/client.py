@@ -132,7 +132,7 @@ class FusionClient:
         self.shape = ModelShape.of(name, initial)
         self.class_counts = tuple(torch.bincount(shard.labels, minlength=initial.num_classes).tolist())
         self._initial, self._shard, self._settings, self._fusion = initial, shard, settings, fusion
-        self._store, self._seed, self._progress = store, seed, progress or (lambda steps: None)
+        self._store, self._seed, self.progress = store, seed, progress or (lambda steps: None)
         self._start_anew()
 
     def _start_anew(self) -> None:
@@ -179,7 +179,7 @@ class FusionClient:
     def _kept(self, key: str, stage: int, known: dict[str, Tensor]) -> dict[str, Tensor]:
         """The own model after a stage, and its adaptor: from the store, or trained now."""
         if self._store.has("fuse", key):
-            self._progress(self._steps(stage))
+            self.progress(self._steps(stage))
         path = "state.safetensors"
         return self._store.get(
             "fuse",
@@ -217,7 +217,7 @@ class FusionClient:
                 torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
-                self._progress(1)
+                self.progress(1)
         state = own.state_dict() | adaptor_arrays(adaptor)
         return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 

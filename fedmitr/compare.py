@@ -8,6 +8,7 @@ import pandas as pd
 from scipy import stats
 
 from .experiment import Experiment, Result
+from .methods import METHODS, Method
 from .parallel import parallel
 from .runtime import progress
 from .settings import Settings
@@ -40,9 +41,9 @@ def compare(
         check_writable(out.parent, f"out={str(out)!r}")
     everyone = [Experiment(one, store) for one in settings]
     for experiment in everyone:  # all of them before the first is run
-        experiment.check()
+        experiment.check(methods)
     clients = [(e.settings, k) for e in everyone for k in range(len(e.shards))]
-    grid = [(one, method) for one in settings for method in methods]
+    grid = [(one, method, METHODS[method]) for one in settings for method in methods]
     rows: dict[int, dict[str, object]] = {}
     where = everyone[0].store.root
     with progress(len(clients) + len(grid), "clients and runs", "part") as bar:
@@ -61,8 +62,9 @@ def _train_apart(store: Path, part: tuple[Settings, int]) -> None:
     Experiment(settings, store).train(client)
 
 
-def _run_apart(store: Path, part: tuple[Settings, str]) -> dict[str, object]:
-    settings, method = part
+def _run_apart(store: Path, part: tuple[Settings, str, Method]) -> dict[str, object]:
+    settings, method, function = part
+    METHODS[method] = function  # a worker does not know a method that was added by its user
     return row_of(Experiment(settings, store).result(method))
 
 

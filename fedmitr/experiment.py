@@ -3,9 +3,11 @@
 This is the only room that sees both sides. Clients get shards and give uploads; methods get uploads.
 """
 
+import json
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -16,14 +18,16 @@ from torch import Tensor
 
 from .client import FusionClient, local_steps, train_client
 from .errors import BadInput
+from .fuse import stage_blocks
 from .methods import METHODS, Outcome
 from .metrics import accuracy, accuracy_per_class, inference_flops
 from .parallel import jobs, parallel
 from .partition import partition
 from .paths import default_store
 from .runtime import progress, versions
+from .settings import METHODS as BUILT_IN
 from .settings import TASKS, Settings
-from .store import Store, fingerprint
+from .store import Store, fingerprint, write_json
 from .tasks import Split, Task, load_task
 from .upload import Upload
 from .vit import create_vit, normalisation, weights_digest
@@ -140,11 +144,13 @@ class Experiment:
         whole = torch.arange(len(self.task.train))
         return self._train([(0, whole)], lambda _: self.central_key, "central")[0]
 
-    def check(self) -> None:
+    def check(self, methods: Sequence[str] = ()) -> None:
         """Everything that can be wrong with the settings is found here, before any work."""
         for client in range(len(self.shards)):
             if self.store.has("uploads", self.upload_key(client)):  # damaged ones are refused now
                 self.store.read("uploads", self.upload_key(client), Upload.load)
+        if "fusefl" in methods:
+            stage_blocks(len(self.initial.blocks), self.settings.fusefl.stages)
 
     def _train(self, clients: Sequence[tuple[int, Tensor]], key_of, title: str) -> list[Upload]:
         settings = self.settings.client
@@ -188,25 +194,39 @@ class Experiment:
 
     def outcome(self, method: str) -> Outcome:
         """What a method leaves behind: its models, its synthetic images, its account."""
-        given: Sequence[Any] = self.uploads
+        if method == "fusefl":
+            return self._exchange()
+        given = self.uploads
         if method == "central":
             given = [self.central_upload]
-        elif method == "fusefl":
-            given = self.clients
         elif method in NEED_COUNTS:
             given = self._everyone
         return METHODS[method](given, self.settings, self.store)
 
+    def _exchange(self) -> Outcome:
+        with progress(sum(c.steps for c in self.clients), "FuseFL", "step") as bar:
+            for client in self.clients:
+                client.progress = bar.update
+            return METHODS["fusefl"](self.clients, self.settings, self.store)
+
     @cached_property
     def reference_scores(self) -> dict[str, list[float]]:
         """Test accuracies of what every method is measured against: one, or one per client for `local`."""
-        names = ("ensemble", "fedavg", "local")
-        return {name: [accuracy(m, self.task.test) for m in self.outcome(name).models] for name in names}
+        names, test = ("ensemble", "fedavg", "local"), self.task.test
+        made_by = [[u.digest for u in self.uploads], self.settings.ensemble.model_dump()]
+        return self.store.get(
+            "references",
+            fingerprint("references", made_by, self.settings.seed, self.settings.task.model_dump()),
+            read=lambda folder: json.loads((folder / "scores.json").read_text()),
+            make=lambda: {n: [accuracy(m, test) for m in self.outcome(n).models] for n in names},
+            write=lambda scores, folder: write_json(folder / "scores.json", scores),
+        )
 
     def result(self, method: str) -> Result:
         """Run a method and evaluate it and its references on the test split."""
         s, test = self.settings, self.task.test
-        key = fingerprint("run", method, [u.digest for u in self.uploads], s.model_dump())
+        made_by = "" if method in BUILT_IN else code_text(METHODS[method].__code__)
+        key = fingerprint("run", method, made_by, [u.digest for u in self.uploads], s.model_dump())
         return self.store.get(
             "runs",
             key,
@@ -266,6 +286,12 @@ class Experiment:
         return {stage: round(value, 3) for stage, value in (seconds | outcome.seconds).items()}
 
 
+def code_text(code: CodeType) -> str:
+    """A function's body as text, the same in every process: a method of your own that changed is run anew."""
+    constants = [code_text(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {constants}"
+
+
 def _train_apart(settings: Settings, store: Path, client: int) -> None:
     Experiment(settings, store).train(client)
 
@@ -282,5 +308,5 @@ def run(method: str, settings: Settings | None = None, store: Path | str | None 
     if method not in METHODS:
         raise BadInput(f"method={method!r} is unknown: allowed are {', '.join(METHODS)}")
     experiment = Experiment(settings or Settings.load(), store)
-    experiment.check()
+    experiment.check([method])
     return experiment.result(method)

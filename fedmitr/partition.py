@@ -8,14 +8,14 @@ from .errors import BadInput
 from .runtime import derive_seed
 from .settings import PartitionSettings
 
-REDRAWS = 2000
+REDRAWS = 500
 
 
 def partition(labels: Tensor, settings: PartitionSettings, seed: int) -> list[Tensor]:
     """Split n labelled images among K clients: K sorted index tensors that cover 0..n-1 once each.
 
-    Raises BadInput when the clients want more images than there are, or no draw gives every client
-    `min_size` images.
+    Raises BadInput when the clients want more images than there are, or a scheme that deals classes or
+    equal parts leaves a client fewer than `min_size`.
     """
     targets = labels.numpy()
     least = max(1, settings.min_size)
@@ -105,16 +105,32 @@ def _cut(members: np.ndarray, shares: np.ndarray) -> list[np.ndarray]:
 
 
 def _redraw(draw, settings: PartitionSettings) -> list[np.ndarray]:
-    """The first of many draws in which every client holds `min_size` images."""
+    """The first draw in which every client holds `min_size` images; else the nearest to it, topped up.
+
+    Where alpha is small for the number of clients no draw leaves everybody something. Then those who
+    have too little get what they lack from whoever holds most, images of one class as far as they go.
+    """
+    nearest = None
     for _ in range(REDRAWS):
         shards = draw()
-        if min(map(len, shards)) >= settings.min_size:
+        missing = sum(max(0, settings.min_size - len(s)) for s in shards)
+        if not missing:
             return shards
-    raise BadInput(
-        f"partition.alpha={settings.alpha} with {settings.clients} clients: none of {REDRAWS} draws gave "
-        f"every client partition.min_size={settings.min_size} images; "
-        "raise alpha or lower clients or min_size"
-    )
+        if nearest is None or missing < nearest[0]:
+            nearest = missing, shards
+    return _top_up(nearest[1], settings.min_size)
+
+
+def _top_up(shards: list[np.ndarray], least: int) -> list[np.ndarray]:
+    """Move images from the largest shard to each that has fewer than `least`, from its end."""
+    shards = list(shards)
+    for client in range(len(shards)):
+        while (lacking := least - len(shards[client])) > 0:
+            donor = max(range(len(shards)), key=lambda k: len(shards[k]))
+            given = min(lacking, len(shards[donor]) - least)
+            shards[client] = np.concatenate([shards[client], shards[donor][-given:]])
+            shards[donor] = shards[donor][:-given]
+    return shards
 
 
 def class_counts(labels: Tensor, shards: list[Tensor], num_classes: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Every figure, one function each: tensors in, a matplotlib Figure out. `save` writes and shows it."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -17,10 +18,13 @@ from .canvas import (
     SKY,
     VERMILLION,
     draw_bars,
+    draw_costs,
     draw_counts,
     draw_image,
+    draw_method_key,
     draw_tokens,
     frame_title,
+    method_marker,
     name_rows,
     new_figure,
     one_of_each,
@@ -31,6 +35,7 @@ from .canvas import (
     styled,
     write_cells,
 )
+from .compare import NAMES
 from .inversion import SyntheticSet
 from .paths import output_folder
 from .scenes import patch_share
@@ -155,7 +160,7 @@ def confidence(seen: Tensor, unseen: Tensor) -> Figure:
 def comparison(table: pd.DataFrame) -> Figure:
     """Runs with columns method, task, alpha, clients, seed, accuracy: seeds as dots, mean ± std."""
     settings = list(table.groupby(["task", "alpha", "clients"]))
-    figure = new_figure(8, 0.6 + len(settings) * (0.6 + 0.3 * table["method"].nunique()))
+    figure = new_figure(8, 0.9 + len(settings) * (0.6 + 0.3 * table["method"].nunique()))
     axes = figure.subplots(len(settings), 1, squeeze=False, sharex=True)[:, 0]
     for axis, ((task, alpha, clients), runs) in zip(axes, settings, strict=True):
         scores = (
@@ -163,14 +168,76 @@ def comparison(table: pd.DataFrame) -> Figure:
         )
         for row, (method, score) in enumerate(scores.iterrows()):
             dots = runs.loc[runs["method"] == method, "accuracy"]
-            axis.plot(dots, [row + 0.22] * len(dots), "o", color=SKY, markersize=5)
-            axis.errorbar(
-                score["mean"], row, xerr=score["std"], fmt="D", color=BLACK, capsize=3, markersize=5
-            )
-        axis.set_yticks(range(len(scores)), scores.index)
+            axis.plot(dots, [row + 0.22] * len(dots), "o", color=SKY, markersize=5, clip_on=False)
+            bar = method_marker(method)
+            axis.errorbar(score["mean"], row, xerr=score["std"], capsize=3, markersize=5, **bar)
+        axis.set_yticks(range(len(scores)), [NAMES.get(name, name) for name in scores.index])
         axis.set(title=f"{task}, {clients} clients, α = {alpha:g}: {scores['size'].max():.0f} seeds")
         axis.set(xlim=(0, 1), ylim=(-0.6, len(scores) - 0.4))
-    axes[-1].set_xlabel("test accuracy: each seed (dots), mean ± standard deviation (diamonds)")
+    axes[-1].set_xlabel("test accuracy: each seed (dots), mean ± standard deviation")
+    draw_method_key(figure)
+    return figure
+
+
+@styled
+def costs(runs: pd.DataFrame, seconds: pd.DataFrame) -> Figure:
+    """Mean accuracy ± std over seeds against the server's seconds and all bytes, one point a method.
+
+    runs and seconds are the two files that `compare` writes.
+    """
+    scores = runs.groupby("method")["accuracy"].agg(["mean", "std"])
+    total = runs.assign(cost=(runs["upload_bytes"] + runs["download_bytes"]) / 1e6)
+    panels = {
+        "server's work (s)": seconds.groupby("method")["server_seconds"].mean(),
+        "all messages, up and down (MB)": total.groupby("method")["cost"].mean(),
+    }
+    figure = new_figure(9, 4.4)
+    axes = figure.subplots(1, 2, sharey=True)
+    lowest = (scores["mean"] - scores["std"].fillna(0)).min()
+    axes[0].set(ylim=(max(0, math.floor(10 * lowest - 1) / 10), 1.05))
+    for axis, (label, cost) in zip(axes, panels.items(), strict=True):
+        draw_costs(axis, scores, cost)
+        axis.set(xlabel=label)
+    axes[0].set(ylabel="test accuracy, mean ± std", title="What the server computes")
+    axes[1].set(title="What crosses the wire")
+    draw_method_key(figure)
+    return figure
+
+
+@styled
+def generated(sets: Mapping[str, SyntheticSet], truth: Split, stats: tuple[Tensor, Tensor]) -> Figure:
+    """The first image of each class that every method made, and a true one below; a dash where it made none.
+
+    Where patches stopped, a line holds the survivors.
+    """
+    classes = truth.labels.unique().tolist()
+    figure, axes = picture_grid(len(sets) + 1, len(classes), cell=0.76, left=1.2)
+    rows = [(made.pixels, made.labels.cpu(), made.mask) for made in sets.values()]
+    for row, (images, labels, masks) in enumerate([*rows, (truth.images, truth.labels, None)]):
+        for axis, label in zip(axes[row], classes, strict=True):
+            picks = (labels == label).nonzero().flatten().tolist()
+            if picks:
+                mask = None if masks is None else masks[picks[0]]
+                draw_image(axis, pixels(images[picks[0]], stats), mask)
+            else:
+                axis.text(0.5, 0.5, "–", ha="center", va="center", transform=axis.transAxes)
+    for axis, label in zip(axes[0], classes, strict=True):
+        axis.set_title(f"a {label}")
+    name_rows(axes, [*sets, "true scene"])
+    return figure
+
+
+@styled
+def weights(panels: Mapping[str, Tensor], classes: Sequence[str]) -> Figure:
+    """Weights of clients for classes in an ensemble, title -> (K, C) in [0, 1], as per cent."""
+    figure = new_figure(9, 1.3 + 0.3 * len(next(iter(panels.values()))))
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (title, values) in zip(axes, panels.items(), strict=True):
+        percent = 100 * values.cpu()
+        draw_counts(axis, percent, classes, most=100)
+        write_cells(axis, percent.numpy(), [f"{v:.0f}" for v in percent.flatten()], high=100)
+        axis.set(title=title, ylabel="client" if axis is axes[0] else "")
+    figure.colorbar(axes[-1].images[0], ax=axes, label="weight (%)")
     return figure
 
 

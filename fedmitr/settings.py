@@ -170,7 +170,7 @@ class RelabelSettings(Block):
 class DistillSettings(Block):
     """Distilling the global model."""
 
-    steps: Count = setting(600, "student steps")
+    steps: Count = setting(400, "student steps")
     batch_size: Count = setting(64, "synthetic images a step")
     lr: Positive = setting(3e-4, "peak learning rate of AdamW, one cycle")
     weight_decay: NotNegative = setting(0.05, "AdamW's", "DeiT")
@@ -191,6 +191,9 @@ class FadiSettings(Block):
     """F-ADI: dense DeepInversion against a growing student, then distillation."""
 
     rounds: Count = setting(2, "times that inversion and distillation alternate", "choice")
+    iterations: Count = setting(
+        30, "steps of the optimiser; about as many patch-steps as FedMITR's sparse ones", "ADI: 2000"
+    )
     competition: NotNegative = setting(
         1.0, "weight of 1 − JS(teacher, student) in the inversion loss", "choice"
     )
@@ -200,12 +203,12 @@ class GeneratorSettings(Block):
     """What every method with a generator has."""
 
     rounds: Count = setting(4, "rounds of generation, then distillation", "DENSE, Co-Boosting: 200")
-    generator_steps: Count = setting(40, "optimiser steps of the generator in a round", "DENSE: 30")
-    lr: Positive = setting(1e-3, "Adam's learning rate of the generator", "DENSE")
+    generator_steps: Count = setting(15, "optimiser steps of the generator in a round", "DENSE: 30")
+    lr: Positive = setting(5e-3, "Adam's learning rate of the generator", "DENSE: 1e-3")
     latent: Count = setting(100, "length of the noise z", "FedFTG; DENSE: 256")
-    width: Count = setting(32, "channels of the generator", "DENSE: 64")
+    width: Count = setting(16, "channels of the generator", "DENSE: 64")
     images: Count = setting(400, "synthetic images in all, under budget=own")
-    student_steps: Count = setting(600, "student steps in all, under budget=own")
+    student_steps: Count = setting(400, "student steps in all, under budget=own")
 
 
 class FdaflSettings(GeneratorSettings):

@@ -70,6 +70,8 @@ def test_a_run_reports_what_outside_checks_rely_on(first):
     assert set(first["seconds"]) == {"clients", "inversion", "distillation"}
     assert all(value >= 0 for value in first["seconds"].values())
     assert first["versions"]["torch"] and first["versions"]["fedmitr"]
+    assert (first["synthetic_images"], first["student_steps"], first["exchanges"]) == (4, 2, 1)
+    assert first["inference_flops"] > 0 and first["download_bytes"] > 0
 
 
 def test_the_reported_settings_make_the_same_run(first):
@@ -99,7 +101,7 @@ def test_accuracies_are_those_of_the_models_on_the_test_split(first, store):
         ("ensemble_accuracy", "ensemble"),
         ("fedavg_accuracy", "fedavg"),
     ]:
-        (model,) = these.models(method)
+        (model,) = these.outcome(method).models
         hits = sum(
             int(model(x[None]).argmax()) == int(y)
             for x, y in zip(test.images[:60], test.labels, strict=False)
@@ -161,7 +163,7 @@ def test_other_methods_share_the_clients(first, store, no_work):
     for method in ("fedavg", "local"):
         result = answer("run", "--method", method, "--seed", 3, "--json", *TINY, "--store", store)
         assert result["method"] == method and set(result["seconds"]) == {"clients"}
-        assert result["upload_bytes"] == first["upload_bytes"]
+        assert result["upload_bytes"] == (first["upload_bytes"] if method == "fedavg" else 0)
         assert result["ensemble_accuracy"] == first["ensemble_accuracy"]
     assert result["accuracy"] == pytest.approx(sum(result["local_accuracies"]) / 2)
 
@@ -268,6 +270,12 @@ BAD = [
     (["--set", "model.image_size=25"], "model.image_size=25"),
     (["--set", "model.checkpoint=nowhere.safetensors"], "model.checkpoint"),
     (["--set", "task.test=0.6"], "task.test"),
+    (["--set", "budget=free"], "budget='free'"),
+    (["--set", "threads=0"], "threads=0"),
+    (["--set", "dense.rounds=0"], "dense.rounds=0"),
+    (["--method", "fusefl", "--set", "fusefl.stages=5"], "fusefl.stages=5"),
+    (["--jobs", "0"], "--jobs"),
+    (["--jobs", "many"], "--jobs"),
     (["--set", "partition.scheme=shards", "--set", "partition.classes_per_client=3"], "classes_per_client"),
 ]
 
@@ -305,6 +313,9 @@ def test_compare_writes_one_row_per_run_and_the_summary(store, first, tmp_path, 
     table = answer(*words, "--store", store)
     rows = pd.read_csv(out)
     assert list(rows["method"]) == ["fedavg", "local"] and list(rows["seed"]) == [3, 3]
+    assert list(rows["exchanges"]) == [1, 0] and list(rows["upload_bytes"]) == [first["upload_bytes"], 0]
+    seconds = pd.read_csv(tmp_path / "runs_seconds.csv")
+    assert list(seconds["client_seconds"]) == pytest.approx([first["seconds"]["clients"]] * 2)
     assert rows["accuracy"][0] == pytest.approx(first["fedavg_accuracy"], abs=1e-6)
     assert [row["method"] for row in table["summary"]] == ["fedavg", "local"]
     assert [row["accuracy"] for row in table["runs"]] == pytest.approx(list(rows["accuracy"]), abs=1e-6)
@@ -325,6 +336,15 @@ def test_compare_goes_over_seeds_with_the_same_clients_for_every_method(store, f
     ]
     assert rows["accuracy"][0] == pytest.approx(first["accuracy"], abs=1e-6)
     assert "fedmitr" in done.stdout and "fedavg" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["run", "compare", "reproduce"])
+def test_jobs_say_how_many_processes_every_command_may_start(command, monkeypatch):
+    monkeypatch.setenv("FEDMITR_JOBS", "1")
+    rest = {"run": ["--method", "nobody"], "compare": ["--methods", "nobody"], "reproduce": ["--only", "99"]}
+    assert fedmitr(command, "--jobs", 3, *rest[command]).exit_code == 2
+    assert os.environ["FEDMITR_JOBS"] == "3"
+    assert fedmitr(command, *rest[command]).exit_code == 2 and os.environ["FEDMITR_JOBS"] == "3"
 
 
 @pytest.mark.parametrize(
@@ -374,7 +394,7 @@ def test_settings_lists_every_setting_with_meaning_and_source():
 
 def test_help_names_methods_and_profiles():
     told = " ".join(fedmitr("run", "--help").stdout.split())
-    assert all(word in told for word in (*METHODS, *PROFILES, "--set", "--json", "--store"))
+    assert all(word in told for word in (*METHODS, *PROFILES, "--set", "--json", "--store", "--jobs"))
     commands = fedmitr("--help").stdout
     assert all(word in commands for word in ("run", "compare", "reproduce", "info", "settings"))
     assert fedmitr("--version").stdout.strip().endswith("0.1.0")

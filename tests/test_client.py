@@ -1,5 +1,6 @@
 """client.py: what training does to the loss, to the shared model and to the upload."""
 
+import copy
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from conftest import loud
 
 import fedmitr as fm
-from fedmitr.client import local_loss, local_steps, train_client
+from fedmitr.client import fedprox, local_loss, local_steps, train_client
 from fedmitr.optim import make_optimizer, make_schedule
 from fedmitr.settings import ClientSettings
 from fedmitr.vit import forward_tokens
@@ -120,6 +121,40 @@ def test_local_loss_against_loops(images, smoothing, weight):
     settings = ClientSettings(label_smoothing=smoothing, token_weight=weight)
     found = local_loss(vit, images, labels, settings)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+# FedProx.
+
+
+def test_fedprox_is_half_mu_times_the_squared_distance_to_the_shared_model(initial):
+    near = copy.deepcopy(initial)
+    with torch.no_grad():
+        near.head.bias += 0.1  # ten entries
+        near.cls_token[0, 0, 5] -= 2
+    term = fedprox(near, initial, ClientSettings(fedprox=0.3))
+    assert term.item() == pytest.approx(0.3 / 2 * (10 * 0.01 + 4), rel=1e-5)
+    term.backward()
+    torch.testing.assert_close(near.head.bias.grad, torch.full((10,), 0.3 * 0.1))
+    assert near.cls_token.grad[0, 0, 5].item() == pytest.approx(-0.6)
+    assert all(p.grad is None for p in initial.parameters())
+
+
+def test_fedprox_is_none_at_the_start_and_where_it_is_off(initial):
+    assert fedprox(copy.deepcopy(initial), initial, ClientSettings(fedprox=0.3)).item() == 0
+    assert fedprox(copy.deepcopy(initial), initial, ClientSettings()) == 0
+
+
+def distance(upload, initial):
+    state = initial.state_dict()
+    return sum((w - state[name]).square().sum() for name, w in upload.weights.items()).sqrt().item()
+
+
+def test_fedprox_holds_a_client_near_the_shared_model(initial, shard):
+    far, held = (
+        distance(train_client(initial, shard, SETTINGS.model_copy(update={"fedprox": mu}), client=0), initial)
+        for mu in (0.0, 10.0)
+    )
+    assert 0 < held < 0.7 * far
 
 
 # optim.py

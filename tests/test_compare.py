@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from fedmitr.compare import summarise
+from fedmitr.errors import BadInput
 from fedmitr.settings import PartitionSettings, Settings
 
 module = importlib.import_module("fedmitr.compare")
@@ -60,21 +61,120 @@ def test_without_fedmitr_or_with_one_seed_there_is_no_interval(runs):
     assert one["± 95 %"].isna().all() and one["minus fedmitr"].notna().all()
 
 
-def test_every_method_is_run_on_every_setting_and_written_as_it_goes(tmp_path, monkeypatch):
-    out, written, calls = tmp_path / "deep" / "runs.csv", [], []
+# The grid of runs, on clients and methods that do nothing but take notes.
 
-    def run(method, settings, store):
-        written.append(len(pd.read_csv(out)) if out.exists() else 0)
-        calls.append((settings.seed, method, store))
-        return SimpleNamespace(
-            method=method, task="digits", alpha=0.3, clients=4, seed=settings.seed, accuracy=1 / 3
-        )
+ACCOUNT = ["exchanges", "upload_bytes", "download_bytes", "synthetic_images", "student_steps"]
+COLUMNS = ["method", "task", "alpha", "clients", "seed", "accuracy", *ACCOUNT, "inference_flops"]
+GRID = [(seed, method) for seed in (0, 2) for method in ("fedmitr", "local")]
 
-    monkeypatch.setattr(module, "run", run)
-    settings = [Settings(seed=s, partition=PartitionSettings(clients=4)) for s in (0, 2)]
-    table = module.compare(["fedmitr", "local"], settings, tmp_path, out)
-    assert calls == [(s, m, tmp_path) for s in (0, 2) for m in ("fedmitr", "local")]
-    assert written == [0, 1, 2, 3]
-    assert list(table.columns) == ["method", "task", "alpha", "clients", "seed", "accuracy"]
-    pd.testing.assert_frame_equal(pd.read_csv(out), table, rtol=1e-5)
-    assert out.read_text().splitlines()[1] == "fedmitr,digits,0.300000,4,0,0.333333"
+
+@pytest.fixture
+def notes(monkeypatch):
+    """What was asked of experiments, in order; seed 13 is bad input."""
+    asked = []
+
+    class Experiment:
+        def __init__(self, settings, store):
+            self.settings, self.shards = settings, range(settings.partition.clients)
+            self.store = SimpleNamespace(root=store)
+
+        def check(self, methods):
+            asked.append(("check", self.settings.seed, *methods))
+            if self.settings.seed == 13:
+                raise BadInput("seed=13 is unlucky")
+
+        def train(self, client):
+            asked.append(("train", self.settings.seed, client))
+
+        def result(self, method):
+            seed = self.settings.seed
+            asked.append(("run", seed, method))
+            account = {name: 7 for name in [*ACCOUNT, "inference_flops"]}
+            seconds = {"clients": 2.5, "inversion": 1.25, "distillation": 0.5}
+            known = dict(method=method, task="digits", alpha=0.3, clients=4, seed=seed, accuracy=1 / 3)
+            return SimpleNamespace(**known, **account, seconds=seconds)
+
+    monkeypatch.setattr(module, "Experiment", Experiment)
+    monkeypatch.setenv("FEDMITR_JOBS", "1")
+    return asked
+
+
+def settings_of(*seeds):
+    return [Settings(seed=s, partition=PartitionSettings(clients=4)) for s in seeds]
+
+
+def test_everything_is_checked_then_every_client_trained_then_every_method_run(notes, tmp_path):
+    module.compare(["fedmitr", "local"], settings_of(0, 2), tmp_path)
+    clients = [("train", s, k) for s in (0, 2) for k in range(4)]
+    checks = [("check", s, "fedmitr", "local") for s in (0, 2)]
+    assert notes == [*checks, *clients, *(("run", s, m) for s, m in GRID)]
+
+
+def test_a_bad_setting_anywhere_stops_before_any_work(notes, tmp_path):
+    with pytest.raises(BadInput, match="seed=13"):
+        module.compare(["fedmitr"], settings_of(0, 13), tmp_path, tmp_path / "runs.csv")
+    assert [kind for kind, *_ in notes] == ["check", "check"] and not (tmp_path / "runs.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "method, change, name",
+    [
+        ("fedavg", {"partition.clients": 900}, "partition.clients=900"),
+        ("fusefl", {"fusefl.stages": 9}, "fusefl.stages=9"),
+        ("nobody", {}, "method='nobody'"),
+    ],
+)
+def test_what_cannot_work_is_found_before_anything_is_trained(
+    method, change, name, tmp_path, monkeypatch, one_line
+):
+    def fail(*_, **__):
+        raise AssertionError("trained")
+
+    monkeypatch.setenv("FEDMITR_JOBS", "1")
+    monkeypatch.setattr("fedmitr.experiment.train_client", fail)
+    settings = [Settings.load("smoke"), Settings.load("smoke", {"seed": 1, **change})]
+    with pytest.raises(BadInput) as error:
+        module.compare([method], settings, tmp_path)
+    one_line(error.value, name)
+
+
+def test_the_table_is_written_after_every_run_and_its_times_beside_it(notes, tmp_path, monkeypatch):
+    out, written, write = tmp_path / "deep" / "runs.csv", [], module.write_table
+
+    def record(table, path):
+        write(table, path)
+        written.append([len(pd.read_csv(p)) for p in (out, tmp_path / "deep" / "runs_seconds.csv")])
+
+    monkeypatch.setattr(module, "write_table", record)
+    table = module.compare(["fedmitr", "local"], settings_of(0, 2), tmp_path, out)
+    assert written == [[1, 1], [2, 2], [3, 3], [4, 4]]
+    assert list(table.columns) == [*COLUMNS, "client_seconds", "server_seconds"]
+    found, seconds = pd.read_csv(out), pd.read_csv(tmp_path / "deep" / "runs_seconds.csv")
+    pd.testing.assert_frame_equal(found, table[COLUMNS], rtol=1e-5)
+    assert out.read_text().splitlines()[1] == "fedmitr,digits,0.300000,4,0,0.333333,7,7,7,7,7,7"
+    assert list(seconds.columns) == ["method", "seed", "client_seconds", "server_seconds"]
+    assert seconds.to_numpy()[:, 2:].tolist() == [[2.5, 1.75]] * 4
+
+
+def test_rows_stand_in_the_grids_order_whatever_finishes_first(notes, tmp_path, monkeypatch):
+    order, out, seen = [2, 0, 3, 1], tmp_path / "runs.csv", []
+
+    def finish_in_another_order(function, items):
+        for index in order if len(items) == 4 else range(len(items)):
+            yield index, function(items[index])
+            if out.exists():
+                rows = pd.read_csv(out)
+                seen.append(list(zip(rows["seed"], rows["method"], strict=True)))
+
+    monkeypatch.setattr(module, "parallel", finish_in_another_order)
+    table = module.compare(["fedmitr", "local"], settings_of(0, 2), tmp_path, out)
+    assert list(zip(table["seed"], table["method"], strict=True)) == GRID
+    assert seen == [[GRID[i] for i in sorted(order[:n])] for n in (1, 2, 3, 4)]
+
+
+def test_an_out_that_cannot_be_written_is_one_line_before_any_work(notes, tmp_path, one_line):
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput) as error:
+        module.compare(["fedavg"], settings_of(0), tmp_path, tmp_path / "file" / "runs.csv")
+    one_line(error.value, "out=")
+    assert notes == []

@@ -320,7 +320,7 @@ def test_every_image_is_learnt_equally_often(teacher, synthetic, monkeypatch, vi
 
 def test_from_the_average_the_student_is_one_shot_fedavg_before_the_first_step(uploads, tmp_path):
     start = pipeline.student_start(uploads, Settings(distill=DistillSettings(start="average")))
-    (averaged,) = fm.experiment.METHODS["fedavg"](uploads, Settings(), Store(tmp_path))
+    (averaged,) = fm.experiment.METHODS["fedavg"](uploads, Settings(), Store(tmp_path)).models
     closed = average_weights(uploads)
     for name, value in start.state_dict().items():
         assert torch.equal(value, averaged.state_dict()[name]) and torch.equal(value, closed[name]), name

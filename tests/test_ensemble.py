@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fedmitr as fm
-from fedmitr.ensemble import client_weights
+from fedmitr.ensemble import class_weights, client_weights, combine, histograms
 from fedmitr.settings import EnsembleSettings
 from fedmitr.vit import cls_attention, forward_tokens, kept_patches
 
@@ -49,6 +49,29 @@ def test_every_mode_against_loops(uploads, images, mode, temperature):
     logits = [u.vit()(images).numpy() for u in uploads]
     found = make(uploads, mode)(images, temperature=temperature)
     close(found.exp(), expected(uploads, logits, mode, temperature))
+
+
+def test_logits_are_every_members_own(uploads, images):
+    found = make(uploads, "size").logits(images)
+    assert found.shape == (3, 3, 10)
+    for u, logits in zip(uploads, found, strict=True):
+        close(logits, u.vit()(images).numpy())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_any_weights_combine_as_the_mode_says(mode):
+    rng = torch.Generator().manual_seed(0)
+    logits, weights = torch.randn(2, 4, 5, 3, generator=rng), torch.tensor([[0.2], [0.5]])
+    found = combine(logits, weights, mode, temperature=2.0)
+    if mode in ("mean_logits", "class"):
+        close(found.exp(), softmax((0.2 * logits[0] + 0.5 * logits[1]).numpy() / 2))
+    else:
+        close(found.exp(), 0.2 * softmax(logits[0].numpy() / 2) + 0.5 * softmax(logits[1].numpy() / 2))
+
+
+def test_weights_of_their_own_for_every_class():
+    logits, weights = torch.tensor([[[1.0, 2.0]], [[3.0, 5.0]]]), torch.tensor([[0.9, 0.1], [0.1, 0.4]])
+    close(combine(logits, weights, "mean_logits").exp(), softmax(np.array([[0.9 + 0.3, 0.2 + 2.0]])))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -117,6 +140,14 @@ def test_class_weights_ignore_who_lacks_a_class_and_share_one_that_nobody_holds(
     assert weights[:, 2].tolist() == [1, 0, 0]
     assert weights[:, 1].tolist() == pytest.approx([0.8, 0.2, 0])
     assert weights[:, 9].tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_histograms_are_the_uploads_own_and_make_the_class_weights(uploads):
+    counts = histograms(uploads)
+    assert [tuple(row) for row in counts.int().tolist()] == [u.class_counts for u in uploads]
+    assert torch.equal(class_weights(uploads), client_weights(uploads, "class"))
+    held = counts.sum(0) > 0
+    torch.testing.assert_close(class_weights(uploads)[:, held], counts[:, held] / counts.sum(0)[held])
 
 
 @pytest.mark.parametrize("mode", MODES)

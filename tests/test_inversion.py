@@ -8,11 +8,14 @@ import torch.nn.functional as F
 from conftest import same
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.spatial import distance
+from scipy.special import softmax
 
 import fedmitr as fm
 from fedmitr.inversion import (
     balanced_labels,
     invert,
+    jensen_shannon,
     label_batches,
     load_synthetic,
     move,
@@ -333,6 +336,69 @@ def test_progress_counts_iterations(teacher):
     steps = []
     invert(teacher, LABELS, settings(), 0, progress=steps.append)
     assert steps == [1] * 8
+
+
+# A rival: images on which ensemble and student differ.
+
+
+@given(seed=st.integers(0, 999), size=st.floats(0, 30), heat=st.sampled_from([1.0, 3.0]))
+def test_jensen_shannon_is_scipys_in_bits_of_softened_predictions(seed, size, heat):
+    one, other = (size * torch.randn(4, 6, generator=generator(seed, n)).double() for n in "ab")
+    found = jensen_shannon(one, other, heat)
+    p, q = (softmax(x.numpy() / heat, axis=1) for x in (one, other))
+    wanted = torch.from_numpy(distance.jensenshannon(p, q, base=2, axis=1) ** 2)
+    torch.testing.assert_close(found, wanted.nan_to_num(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(found, jensen_shannon(other, one, heat))
+    torch.testing.assert_close(found, jensen_shannon(one.log_softmax(-1), other + 5, heat))
+    assert (found > -1e-12).all() and (found <= 1 + 1e-12).all()
+
+
+def test_jensen_shannon_is_one_where_predictions_share_no_class():
+    sure = 1000 * torch.eye(3)
+    logits = sure[:2].requires_grad_(True)
+    found = jensen_shannon(logits, sure[1:])
+    torch.testing.assert_close(found, torch.ones(2))
+    found.sum().backward()
+    assert torch.isfinite(logits.grad).all()
+    assert jensen_shannon(sure, sure).abs().max() == 0
+
+
+def compete(teacher, rival, competition, **options):
+    return invert(teacher, LABELS, settings(**options), 0, rival=rival, competition=competition)
+
+
+def test_without_a_rival_or_a_weight_on_it_no_byte_changes(teacher, micro, sparse):
+    options = dict(jitter=0.125, flip=True, tv=1e-4)
+    assert same(compete(teacher, micro, 0.0, **options), sparse)
+    assert same(compete(teacher, None, 2.0, **options), sparse)
+    assert not torch.equal(compete(teacher, micro, 2.0, **options).pixels, sparse.pixels)
+
+
+def test_competition_adds_its_weight_times_what_is_left_of_the_divergence(teacher, micro):
+    made = compete(teacher, micro, 0.6)
+    start = made.history["frames"][0]
+    wanted = 0.6 * (1 - jensen_shannon(teacher(start), micro(start)).mean())
+    found = made.history["loss"][0] - made.history["cross_entropy"][0]
+    assert found.item() == pytest.approx(wanted.item(), abs=1e-4)
+
+
+def test_competition_makes_images_more_disputed(teacher, micro):
+    options = dict(iterations=25, stop_at=(), stop_ratio=(), keep_best=False)
+    disputed = []
+    for competition in (0.0, 10.0):
+        pixels = compete(teacher, micro, competition, **options).pixels
+        disputed.append(jensen_shannon(teacher(pixels), micro(pixels)).mean().item())
+    assert disputed[1] > disputed[0] + 0.02
+
+
+def test_a_rival_sees_the_live_patches_alone_and_is_left_as_it_is(teacher, micro):
+    lengths, before = [], {k: v.clone() for k, v in micro.state_dict().items()}
+    hook = micro.blocks[0].register_forward_hook(lambda m, args, out: lengths.append(args[0].shape[1] - 1))
+    compete(teacher, micro, 1.0)
+    hook.remove()
+    assert lengths == [36, 36, 25, 25, 25, 18, 18, 18]
+    assert all(torch.equal(v, before[k]) for k, v in micro.state_dict().items())
+    assert all(p.grad is None for p in micro.parameters())
 
 
 # Batches.

@@ -13,6 +13,7 @@ from fedmitr.metrics import (
     estimated_foreground,
     foreground_kept,
     forward_flops,
+    inference_flops,
     label_skew,
     predict,
     surviving_patches,
@@ -111,6 +112,20 @@ def test_flops_are_those_that_torch_counts(name, kept):
     with counter, torch.no_grad():
         patch_features(vit, *kept_patches(vit, images, torch.arange(kept)[None]))
     assert forward_flops(vit, kept) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["vit_micro", "test_vit"])
+def test_inference_is_the_forward_pass_and_the_classifier(name):
+    vit = fm.create_vit(name, 7).eval()
+    image = torch.zeros(1, vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)
+    forward = forward_flops(vit, vit.patch_embed.num_patches)
+    assert inference_flops(vit, image) == forward + 2 * vit.embed_dim * 7
+
+
+@pytest.mark.parametrize("mode", ["mean_probs", "class"])
+def test_inference_of_an_ensemble_costs_every_members(uploads, micro, images, mode):
+    teacher = fm.Ensemble(uploads, EnsembleSettings(mode=mode))
+    assert inference_flops(teacher, images[:1]) == 3 * inference_flops(micro, images[:1])
 
 
 def test_token_features_are_timms_output_tokens(micro, images):

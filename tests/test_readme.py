@@ -6,6 +6,7 @@ import re
 import pandas as pd
 import torch
 
+from fedmitr.methods import METHODS
 from fedmitr.paths import home
 
 README = home() / "README.md"
@@ -28,7 +29,7 @@ def test_the_table_is_that_of_the_shipped_results():
 def test_the_shipped_results_hold_every_method_on_five_seeds():
     runs = pd.read_csv(home() / "results" / "comparison.csv")
     assert (runs.groupby("method")["seed"].nunique() >= 5).all()
-    assert set(runs["method"]) == {"fedmitr", "fedavg", "ensemble", "local", "central"}
+    assert set(runs["method"]) == set(METHODS)
 
 
 def test_fill_replaces_only_what_lies_between_the_markers():
@@ -37,10 +38,33 @@ def test_fill_replaces_only_what_lies_between_the_markers():
     assert after == "a\n<!-- results: note -->\nnew\n<!-- /results -->\nb\n"
 
 
-def test_the_example_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def examples():
+    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def test_the_example_on_your_own_model_runs():
+    example = examples()[0]
     assert len(example.strip().splitlines()) <= 12
     names = {}
     exec(example, names)
     assert names["tokens"].shape == (30, 36, 3)
     assert names["model"](torch.randn(2, 1, 24, 24)).shape == (2, 3)
+
+
+def test_the_example_of_a_method_of_your_own_runs(tmp_path, monkeypatch):
+    example = examples()[1]
+    assert len(example.strip().splitlines()) < 50
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    try:
+        exec(example, names)
+    finally:
+        METHODS.pop("textures", None)
+    runs = names["runs"]
+    assert list(runs["method"]) == ["fedavg", "fedmitr", "textures"] * 2
+    assert runs["accuracy"].between(0.1, 1).all()
+    own = runs[runs["method"] == "textures"].iloc[0]
+    mitr = runs[runs["method"] == "fedmitr"].iloc[0]
+    assert own["student_steps"] == mitr["student_steps"]
+    assert own["synthetic_images"] == mitr["synthetic_images"]
+    assert not runs["accuracy"].isna().any()

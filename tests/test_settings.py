@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from fedmitr.errors import BadInput
-from fedmitr.settings import PROFILES, Settings, defaults, fields, parse_assignment, read_profile
+from fedmitr.settings import METHODS, PROFILES, Settings, defaults, fields, parse_assignment, read_profile
 
 FIELDS = fields()
 
@@ -17,7 +17,38 @@ def test_every_setting_says_what_it_means_and_where_its_default_is_from(row):
 def test_every_block_of_the_rooms_is_there():
     blocks = {name.split(".")[0] for name in defaults()}
     rooms = {"task", "partition", "model", "client", "ensemble", "inversion", "relabel", "distill"}
-    assert blocks == {"seed", *rooms}
+    methods = {"fdafl", "fadi", "dense", "co_boosting", "fedftg", "fusefl"}
+    assert blocks == {"seed", "threads", "budget", *rooms, *methods}
+    assert methods < set(METHODS)
+
+
+def test_every_method_with_a_generator_has_its_settings():
+    shared = {"rounds", "generator_steps", "lr", "latent", "width", "images", "student_steps"}
+    own = {
+        "fdafl": {"batch_size", "activation", "entropy"},
+        "dense": {"disagreement", "temperature"},
+        "co_boosting": {
+            "disagreement",
+            "temperature",
+            "hardness",
+            "perturbation",
+            "weight_step",
+            "weight_decay",
+        },
+        "fedftg": {"batch_size", "classification", "diversity"},
+    }
+    for block, names in own.items():
+        found = {n.split(".")[1] for n in defaults() if n.split(".")[0] == block}
+        assert found == shared | names
+
+
+def test_published_weights_of_the_rivals():
+    settings = Settings()
+    assert (settings.fdafl.activation, settings.fdafl.entropy) == (0.1, 5.0)
+    assert (settings.dense.disagreement, settings.dense.temperature) == (1.0, 3.0)
+    ours = settings.co_boosting
+    assert (ours.hardness, ours.perturbation, ours.weight_step, ours.weight_decay) == (1, 8 / 255, 0.01, 0.99)
+    assert (settings.fedftg.classification, settings.fedftg.diversity) == (1.0, 1.0)
 
 
 def value_of(settings, name):
@@ -155,6 +186,25 @@ WRONG = [
     ("distill.steps", 0),
     ("distill.temperature", -1),
     ("distill.start", "random"),
+    ("client.fedprox", -0.1),
+    ("client.fedprox", float("nan")),
+    ("fadi.rounds", 0),
+    ("fadi.competition", -1),
+    ("fdafl.batch_size", 0),
+    ("dense.width", 0),
+    ("dense.temperature", 0),
+    ("dense.generator_steps", 1.5),
+    ("co_boosting.hardness", -1),
+    ("co_boosting.perturbation", -0.01),
+    ("co_boosting.weight_decay", 1.1),
+    ("fedftg.lr", 0),
+    ("fedftg.diversity", float("inf")),
+    ("fusefl.stages", 0),
+    ("fusefl.adaptor", "max"),
+    ("budget", "free"),
+    ("budget", None),
+    ("threads", 0),
+    ("threads", "all"),
     ("seed", -1),
     ("seed", "one"),
 ]
@@ -187,12 +237,13 @@ def test_stops_that_do_not_fit_the_run_are_one_line(stops, words, one_line):
 
 
 @pytest.mark.parametrize(
-    "name", ["alpha", "partition.beta", "partition", "nothing.here", "", "seed.x", "partition."]
+    "name", ["alpha", "partition.beta", "partition", "nothing.here", "", "seed.x", "partition.", "dense"]
 )
 def test_an_unknown_setting_is_one_line_that_lists_what_is_known(name, one_line):
     with pytest.raises(BadInput) as error:
         Settings.load("laptop", {name: 1})
-    one_line(error.value, repr(name), "partition" if not name.startswith("seed") else "seed")
+    near = name.split(".")[0] if name.startswith(("seed", "dense")) else "partition"
+    one_line(error.value, repr(name), near)
 
 
 @pytest.mark.parametrize("profile", ["huge", "", "../laptop", "laptop.yaml"])
@@ -206,4 +257,5 @@ def test_the_table_of_settings_is_plain_data():
     assert yaml.safe_load(yaml.safe_dump([{k: str(v) for k, v in row.items()} for row in FIELDS]))
     choices = {row["setting"]: row["allowed"] for row in FIELDS}
     assert choices["ensemble.mode"] == "mean_probs, mean_logits, size, class"
+    assert choices["budget"] == "equal, own" and choices["threads"] == "≥ 1"
     assert ">" in choices["partition.alpha"] and "≥ 1" in choices["partition.clients"]

@@ -184,6 +184,15 @@ def test_an_address_changes_with_the_libraries_and_the_format(what, value, monke
     assert fingerprint("x") != before
 
 
+def test_an_address_changes_with_what_rounds_differently(monkeypatch):
+    before = fingerprint("x")
+    monkeypatch.setattr(module.torch, "get_num_threads", lambda: 7)
+    assert fingerprint("x") != before
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "device", lambda: torch.device("cuda"))
+    assert fingerprint("x") != before
+
+
 def test_an_address_is_a_safe_file_name():
     assert len(fingerprint("/../x")) == 16 and fingerprint("/../x").isalnum()
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
-from fedmitr.compare import summarise
+from fedmitr.compare import seconds_file, summarise
 from fedmitr.paths import default_store, home
 
+RESULTS = home() / "results" / "comparison.csv"
 START, END = "<!-- results: ", "<!-- /results -->"
 
 
@@ -30,16 +31,22 @@ def accuracy_table(runs: pd.DataFrame) -> str:
 
 
 def times(store: Path, executed: Path) -> str:
-    """Mean seconds of each stage over the stored runs, and of the last `make reproduce`."""
+    """Mean seconds of each stage over the stored runs, of all runs, and of the last `make reproduce`."""
     runs = [json.loads(p.read_text()) for p in store.glob("runs/*/result.json")]
     seconds = pd.DataFrame([r["seconds"] for r in runs if r["method"] in ("fedmitr", "central")]).mean()
     stages = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
+    of_all = pd.read_csv(seconds_file(RESULTS))
+    clients = of_all[of_all["method"] == "fedmitr"]["client_seconds"].sum()
+    clients += of_all[of_all["method"] == "fusefl"]["client_seconds"].sum()  # it trains them its own way
+    together = clients + of_all["server_seconds"].sum()
     books = [nbformat.read(p, as_version=4) for p in sorted(executed.glob("*.ipynb"))]
     total = sum(b.metadata["papermill"]["duration"] for b in books)
     machine = f"{os.cpu_count()} cores ({platform.machine()}, {platform.system()}), no GPU"
     return (
-        f"Measured on {machine}. One run: {stages}. `make reproduce`, {len(books)} notebooks from an empty "
-        f"store, after set-up: {total / 60:.1f} minutes."
+        f"Measured on {machine}, in seconds of one process with one thread. One run: {stages}. All runs of "
+        f"this table: {together / 60:.0f} minutes of processing, spread over one process per core. "
+        f"`make reproduce`, {len(books)} notebooks from an empty store, after set-up: "
+        f"{total / 60:.1f} minutes."
     )
 
 
@@ -59,7 +66,7 @@ def caption(runs: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    runs = pd.read_csv(home() / "results" / "comparison.csv")
+    runs = pd.read_csv(RESULTS)
     measured = times(default_store(), home() / "notebooks" / "executed" / "laptop")
     readme = home() / "README.md"
     text = f"{caption(runs)}\n\n{accuracy_table(runs)}\n\n{measured}"

@@ -47,8 +47,7 @@ def _rounds(uploads: Sequence[Upload], settings: Settings) -> Outcome:
     own, seconds = settings.co_boosting, {}
     images, steps = budget(settings, own)
     rng = generator(settings.seed, "co_boosting")
-    student = Student(uploads, settings, "co_boosting", steps, lambda x: perturb(teacher, x, own, scale, rng))
-    scale = normalisation(student.vit)[1].to(device())
+    student = Student(uploads, settings, "co_boosting", steps, partial(perturb, settings=own, rng=rng))
     teacher = student.ensemble
     teacher.mode = ON
     targets = balanced_labels(images, teacher.num_classes, rng)
@@ -87,16 +86,14 @@ def hard_loss(log_probs: Tensor, labels: Tensor, hardness: float) -> Tensor:
     return ((1 - (-loss.detach()).exp()) ** hardness * loss).mean()
 
 
-def perturb(
-    ensemble: Ensemble, images: Tensor, settings: CoBoostingSettings, scale: Tensor, rng: torch.Generator
-) -> Tensor:
+def perturb(ensemble: Ensemble, images: Tensor, settings: CoBoostingSettings, rng: torch.Generator) -> Tensor:
     """Images (B, ch, H, W) moved by ε, of full brightness, where the ensemble's output changes most.
 
     The output is weighed by a random direction, so that the moved samples differ (Tashiro et al. 2020).
-    scale (ch, 1, 1): the std that normalises pixels.
     """
     if not settings.perturbation:
         return images
+    scale = normalisation(ensemble.members[0])[1].to(images)  # std of the pixels: ε is in full brightness
     images = images.detach().requires_grad_(True)
     probabilities = (ensemble(images) / ODS_TEMPERATURE).softmax(dim=1)
     direction = 2 * torch.rand(probabilities.shape, generator=rng) - 1

@@ -56,9 +56,9 @@ class Student:
         settings: Settings,
         method: str,
         steps: int,
-        change: Callable[[Tensor], Tensor] | None = None,
+        change: Callable[[Ensemble, Tensor], Tensor] | None = None,
     ) -> None:
-        """steps: of all rounds; change: what is done to each view before clients and student see it."""
+        """steps: of all rounds; change(ensemble, views): changes views before they are seen."""
         self.ensemble = Ensemble(uploads, settings.ensemble).to(device())
         self.vit = student_start(uploads, settings)
         self.settings, self.change = settings.distill, change
@@ -110,7 +110,7 @@ class Student:
 
     def _view(self, images: SyntheticSet, pick: Tensor) -> Batch:
         seen = view(self.vit, images, pick, self.settings, self.rng)[0]
-        seen = self.change(seen) if self.change else seen
+        seen = self.change(self.ensemble, seen) if self.change else seen
         with torch.no_grad():
             return seen, images.labels[pick], self.ensemble.logits(seen).transpose(0, 1)
 

@@ -1,0 +1,243 @@
+"""experiment.py: every method from settings to result: its account, its place in the store, hard settings."""
+
+import importlib
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import fedmitr as fm
+import fedmitr.experiment as module
+from fedmitr.client import FusionClient
+from fedmitr.metrics import forward_flops
+from fedmitr.settings import METHODS, Settings
+
+GENERATORS = ("fdafl", "dense", "co_boosting", "fedftg")
+DISTILLED = ("fedmitr", "fadi", *GENERATORS)
+SMALL = {
+    "task.test": 0.05,
+    "task.validation": 0.85,
+    "model.pretrained": False,
+    "model.image_size": 12,
+    "partition.clients": 2,
+    "partition.alpha": 100.0,
+    "client.epochs": 1,
+    "ensemble.mode": "mean_probs",
+    "inversion.images": 20,
+    "inversion.batch_size": 10,
+    "inversion.iterations": 5,
+    "inversion.stop_at": [1, 2, 3, 4],
+    "inversion.stop_ratio": [0.3] * 4,
+    "distill.steps": 6,
+    "distill.batch_size": 8,
+    "distill.views": 2,
+}
+SMALL |= {
+    f"{method}.{name}": value
+    for method in GENERATORS
+    for name, value in dict(rounds=2, generator_steps=2, width=4, latent=5).items()
+}
+SMALL |= {"fdafl.batch_size": 8, "fedftg.batch_size": 8}
+
+
+def small(**changes):
+    """Two clients of about ninety 12×12 images; changes by dotted name, with __ for the dot."""
+    return Settings.load("smoke", SMALL | {name.replace("__", "."): v for name, v in changes.items()})
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def these(store):
+    return fm.Experiment(small(), store)
+
+
+@pytest.fixture(scope="module")
+def results(these):
+    return {method: these.result(method) for method in METHODS}
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Whatever trains, inverts or distils fails."""
+
+    def fail(*_, **__):
+        raise AssertionError("worked again")
+
+    monkeypatch.setattr(module, "train_client", fail)
+    monkeypatch.setattr(FusionClient, "_train", fail)
+    for method, name in [("fedmitr", "invert"), ("fedmitr", "distill"), ("fadi", "invert")]:
+        monkeypatch.setattr(importlib.import_module(f"fedmitr.methods.{method}"), name, fail)
+    for method in ("generator", "fdafl", "fedftg"):
+        monkeypatch.setattr(importlib.import_module(f"fedmitr.methods.{method}"), "take_step", fail)
+    monkeypatch.setattr(importlib.import_module("fedmitr.methods.rounds"), "train_student", fail)
+
+
+# The account.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_reports_an_accuracy_and_a_whole_account(results, method):
+    result = results[method]
+    assert result.method == method and 0 <= result.accuracy <= 1 and len(result.accuracy_per_class) == 10
+    assert all(0 <= share <= 1 for share in result.accuracy_per_class)
+    stages = {"fedmitr": {"inversion", "distillation"}, "fadi": {"inversion", "distillation"}}
+    stages |= {name: {"generation", "distillation"} for name in GENERATORS} | {"fusefl": {"fusing"}}
+    clients = {"central"} if method == "central" else {"clients"}
+    assert set(result.seconds) == clients | stages.get(method, set())
+    assert all(value >= 0 for value in result.seconds.values())
+
+
+def test_under_an_equal_budget_all_that_distil_make_as_many_images_and_steps(results):
+    for method, result in results.items():
+        wanted = (20, 6) if method in DISTILLED else (0, 0)
+        assert (result.synthetic_images, result.student_steps) == wanted, method
+
+
+def test_under_its_own_budget_a_method_has_the_numbers_of_its_block(store):
+    own = {f"{method}__images": 4 + i for i, method in enumerate(GENERATORS)}
+    own |= {f"{method}__student_steps": 3 + i for i, method in enumerate(GENERATORS)}
+    own = fm.Experiment(small(budget="own", **own), store)
+    for i, method in enumerate(GENERATORS):
+        outcome = own.outcome(method)
+        assert (len(outcome.synthetic), outcome.student_steps) == (4 + i, 3 + i), method
+    for method in ("fedmitr", "fadi"):
+        outcome = own.outcome(method)
+        assert (len(outcome.synthetic), outcome.student_steps) == (20, 6), method
+
+
+def test_bytes_up_and_down_are_those_of_the_files(results, these, store, tmp_path):
+    folders = [store / "uploads" / these.upload_key(k) for k in range(2)]
+    counted = sum(
+        (f / name).stat().st_size for f in folders for name in ("weights.safetensors", "upload.json")
+    )
+    histograms = [",".join(map(str, u.class_counts)) for u in these._everyone]
+    without = counted - sum(len(f"[{h}]") - len("null") for h in histograms)
+    save_file(these.initial.state_dict(), tmp_path / "shared.safetensors")
+    shared = 2 * (tmp_path / "shared.safetensors").stat().st_size
+    for method, result in results.items():
+        up = {"fedftg": counted, "local": 0, "central": 0}.get(method, without)
+        if method != "fusefl":  # several messages: tests/test_fusefl.py
+            assert result.upload_bytes == up, method
+            assert result.download_bytes == (0 if method == "central" else shared), method
+
+
+def test_exchanges_are_one_but_for_fusefl_and_what_is_not_federated(results):
+    found = {method: result.exchanges for method, result in results.items()}
+    assert found == dict.fromkeys(METHODS, 1) | {"fusefl": 2, "local": 0, "central": 0}
+
+
+def test_inference_costs_one_model_or_all_of_them(results, these):
+    one = forward_flops(these.initial, 9) + 2 * 96 * 10  # and the head
+    for method, result in results.items():
+        assert result.inference_flops == one * (2 if method in ("ensemble", "fusefl") else 1), method
+
+
+# The store.
+
+
+def state_of(outcome):
+    states = [m.state_dict() for m in outcome.models]
+    return [{n: v.clone() for n, v in s.items()} for s in states], outcome.synthetic
+
+
+def equal(one, other):
+    (states, images), (others, other_images) = one, other
+    pairs = zip(states, others, strict=True)
+    alike = all(a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a) for a, b in pairs)
+    return alike and (images is None or torch.equal(images.pixels, other_images.pixels))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_second_run_comes_from_the_store_and_nothing_is_trained(results, these, store, method, no_work):
+    again = fm.Experiment(small(), store)
+    assert again.result(method) == results[method]
+    assert equal(state_of(again.outcome(method)), state_of(these.outcome(method)))
+
+
+def test_the_same_settings_give_the_same_models_in_another_store(results, these, tmp_path):
+    fresh = fm.Experiment(small(), tmp_path)
+    for method in METHODS:
+        assert equal(state_of(fresh.outcome(method)), state_of(these.outcome(method))), method
+
+
+# Who is asked for its class histogram.
+
+
+def given_to_methods(these, monkeypatch):
+    """What every method gets, none of them run."""
+    seen = {}
+    for method in METHODS:
+        monkeypatch.setitem(module.METHODS, method, lambda given, *_, name=method: seen.update({name: given}))
+        these.outcome(method)
+    return seen
+
+
+def test_only_fedftg_is_given_class_histograms_where_the_ensemble_needs_none(results, these, monkeypatch):
+    seen = given_to_methods(these, monkeypatch)
+    for method in set(METHODS) - {"fusefl", "central"}:
+        counted = [u.class_counts is not None for u in seen[method]]
+        assert counted == [method == "fedftg"] * 2, method
+    assert [type(c) for c in seen["fusefl"]] == [FusionClient] * 2 and len(seen["central"]) == 1
+
+
+def test_class_mode_asks_everyone(results, store, monkeypatch, no_work):
+    seen = given_to_methods(fm.Experiment(small(ensemble__mode="class"), store), monkeypatch)
+    for method in set(METHODS) - {"fusefl", "central"}:
+        assert all(u.class_counts for u in seen[method]), method
+
+
+# Hard settings.
+
+SKEWED = {
+    "ten clients of one class": dict(
+        partition__clients=10,
+        partition__scheme="shards",
+        partition__classes_per_client=1,
+        partition__min_size=1,
+        ensemble__mode="class",
+    ),
+    "twenty clients of extreme skew": dict(
+        partition__clients=20, partition__alpha=0.05, partition__min_size=1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SKEWED)
+def test_every_method_survives(name, tmp_path):
+    hard = fm.Experiment(small(**SKEWED[name]), tmp_path)
+    sizes = [len(shard) for shard in hard.shards]
+    assert len(sizes) == SKEWED[name]["partition__clients"] and sum(sizes) == 179
+    for method in METHODS:
+        result = hard.result(method)
+        assert math.isfinite(result.accuracy) and 0 <= result.accuracy <= 1, method
+        for model in hard.outcome(method).models:
+            assert all(torch.isfinite(p).all() for p in model.parameters()), method
+
+
+@pytest.mark.parametrize(
+    "method, changes, name",
+    [
+        ("fedftg", dict(partition__clients=20, partition__alpha=0.01, partition__min_size=1), "alpha=0.01"),
+        ("dense", dict(partition__clients=400), "partition.clients=400"),
+        ("fusefl", dict(fusefl__stages=5), "fusefl.stages=5"),
+        ("nobody", {}, "method='nobody'"),
+    ],
+)
+def test_what_cannot_work_is_one_line_before_any_work(method, changes, name, tmp_path, one_line, no_work):
+    with pytest.raises(fm.BadInput) as error:
+        fm.run(method, small(**changes), tmp_path)
+    one_line(error.value, name)
+
+
+def test_an_experiment_computes_with_the_threads_of_its_settings(tmp_path):
+    before = torch.get_num_threads()
+    try:
+        keys = [fm.Experiment(small(threads=n), tmp_path).upload_key(0) for n in (1, 2)]
+        assert torch.get_num_threads() == 2 and keys[0] != keys[1]
+    finally:
+        torch.set_num_threads(before)

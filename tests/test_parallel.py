@@ -1,0 +1,135 @@
+"""parallel.py: every part once, in as many processes as are asked for, and the same bytes for any number."""
+
+import importlib
+import os
+
+import pytest
+import torch
+from conftest import same
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fedmitr as fm
+import fedmitr.experiment as experiment
+import fedmitr.parallel as module
+from fedmitr.parallel import jobs, parallel
+from fedmitr.settings import Settings
+
+pipeline = importlib.import_module("fedmitr.methods.fedmitr")  # the package's name for it is the method
+
+RUN = Settings.load(
+    "smoke",
+    {
+        "task.test": 0.05,
+        "task.validation": 0.9,
+        "partition.clients": 2,
+        "partition.alpha": 10,
+        "client.epochs": 1,
+        "ensemble.mode": "mean_probs",
+        "inversion.images": 6,
+        "inversion.batch_size": 3,
+        "inversion.iterations": 2,
+        "inversion.stop_at": [1],
+        "inversion.stop_ratio": [0.5],
+    },
+)
+
+
+# How many.
+
+
+@pytest.mark.parametrize("text, wanted", [("1", 1), ("3", 3), ("40", 40)])
+def test_the_environment_says_how_many_processes(text, wanted, monkeypatch):
+    monkeypatch.setenv("FEDMITR_JOBS", text)
+    assert jobs() == wanted
+
+
+@pytest.mark.parametrize(
+    "kind, cores, wanted", [("cpu", 1, 1), ("cpu", 4, 4), ("cpu", 64, 8), ("cuda", 64, 1)]
+)
+def test_else_there_is_one_per_core_up_to_eight_and_one_where_a_gpu_computes(
+    kind, cores, wanted, monkeypatch
+):
+    monkeypatch.delenv("FEDMITR_JOBS", raising=False)
+    monkeypatch.setattr(module, "device", lambda: torch.device(kind))
+    monkeypatch.setattr(module.joblib, "cpu_count", lambda: cores)
+    assert jobs() == wanted
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "", " 2", "²"])
+def test_what_is_no_number_of_processes_is_one_line(text, monkeypatch, one_line):
+    monkeypatch.setenv("FEDMITR_JOBS", text)
+    with pytest.raises(fm.BadInput) as error:
+        jobs()
+    one_line(error.value, f"FEDMITR_JOBS={text!r}", "1")
+
+
+# One process.
+
+
+@given(st.lists(st.integers(), max_size=6))
+def test_one_process_takes_every_item_once_in_order(items):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDMITR_JOBS", "1")
+        assert list(parallel(str, items)) == [(i, str(item)) for i, item in enumerate(items)]
+
+
+def test_one_process_computes_an_item_when_it_is_asked_for(monkeypatch):
+    monkeypatch.setenv("FEDMITR_JOBS", "1")
+    done = []
+    parts = parallel(done.append, "abc")
+    assert done == []
+    next(parts)
+    assert done == ["a"]
+
+
+# Two processes. Starting them takes some seconds, so they are few.
+
+
+@pytest.fixture
+def two(monkeypatch):
+    monkeypatch.setenv("FEDMITR_JOBS", "2")
+
+
+def look_around(item):
+    """What a process sees."""
+    if item == "bad":
+        raise fm.BadInput("item='bad' is refused")
+    return item, os.getpid(), os.environ.get("FEDMITR_JOBS"), os.environ.get("FEDMITR_STATIC")
+
+
+def test_two_processes_take_every_item_once_and_start_no_more_of_their_own(two):
+    found = list(parallel(look_around, "abcde"))
+    assert sorted((index, said[0]) for index, said in found) == list(enumerate("abcde"))
+    processes = {pid for _, (_, pid, _, _) in found}
+    assert len(processes) <= 2 and os.getpid() not in processes
+    assert {(told, static) for _, (_, _, told, static) in found} == {("1", "1")}
+
+
+def test_one_item_is_computed_here(two):
+    ((index, (item, pid, told, _)),) = parallel(look_around, ["only"])
+    assert (index, item, pid, told) == (0, "only", os.getpid(), "2")
+
+
+def test_bad_input_in_a_worker_arrives_as_bad_input(two, one_line):
+    with pytest.raises(fm.BadInput) as error:
+        list(parallel(look_around, ["a", "bad", "c"]))
+    one_line(error.value, "item='bad'")
+
+
+def files(root):
+    """Every file of tensors, by its address."""
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*.safetensors")}
+
+
+def test_clients_and_inversion_are_the_same_bytes_in_one_process_or_two(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDMITR_JOBS", "1")
+    alone = fm.Experiment(RUN, tmp_path / "alone")
+    images = pipeline.synthetic_set(alone.uploads, RUN, alone.store)
+    monkeypatch.setenv("FEDMITR_JOBS", "2")
+    monkeypatch.setattr(experiment, "train_client", None)  # this process does none of the work
+    monkeypatch.setattr(pipeline, "invert", None)
+    spread = fm.Experiment(RUN, tmp_path / "spread")
+    assert [u.digest for u in spread.uploads] == [u.digest for u in alone.uploads]
+    assert same(pipeline.synthetic_set(spread.uploads, RUN, spread.store), images)
+    assert files(tmp_path / "alone") == files(tmp_path / "spread") and len(files(tmp_path / "alone")) == 4

@@ -158,22 +158,26 @@ def confidence(seen: Tensor, unseen: Tensor) -> Figure:
 
 @styled
 def comparison(table: pd.DataFrame) -> Figure:
-    """Runs with columns method, task, alpha, clients, seed, accuracy: seeds as dots, mean ± std."""
+    """Runs with columns method, task, alpha, clients, seed, accuracy: seeds as dots, mean ± std.
+
+    The dots of a method climb from its first seed to its last, so that none hides another.
+    """
     settings = list(table.groupby(["task", "alpha", "clients"]))
-    figure = new_figure(8, 0.9 + len(settings) * (0.6 + 0.3 * table["method"].nunique()))
+    figure = new_figure(8, 0.9 + len(settings) * (0.6 + 0.36 * table["method"].nunique()))
     axes = figure.subplots(len(settings), 1, squeeze=False, sharex=True)[:, 0]
     for axis, ((task, alpha, clients), runs) in zip(axes, settings, strict=True):
         scores = (
             runs.groupby("method", sort=False)["accuracy"].agg(["mean", "std", "size"]).sort_values("mean")
         )
         for row, (method, score) in enumerate(scores.iterrows()):
-            dots = runs.loc[runs["method"] == method, "accuracy"]
-            axis.plot(dots, [row + 0.22] * len(dots), "o", color=SKY, markersize=5, clip_on=False)
+            dots = runs[runs["method"] == method].sort_values("seed")["accuracy"]
+            climb = row + np.linspace(0.15, 0.5, len(dots))
+            axis.plot(dots, climb, "o", color=SKY, ms=5, mec="white", mew=0.5, clip_on=False)
             bar = method_marker(method)
             axis.errorbar(score["mean"], row, xerr=score["std"], capsize=3, markersize=5, **bar)
         axis.set_yticks(range(len(scores)), [NAMES.get(name, name) for name in scores.index])
         axis.set(title=f"{task}, {clients} clients, α = {alpha:g}: {scores['size'].max():.0f} seeds")
-        axis.set(xlim=(0, 1), ylim=(-0.6, len(scores) - 0.4))
+        axis.set(xlim=(0, 1), ylim=(-0.5, len(scores) - 0.3))
     axes[-1].set_xlabel("test accuracy: each seed (dots), mean ± standard deviation")
     draw_method_key(figure)
     return figure

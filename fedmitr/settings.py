@@ -233,7 +233,7 @@ class CoBoostingSettings(DenseSettings):
     perturbation: NotNegative = setting(
         8 / 255, "step of the adversarial perturbation, of full brightness", "Co-Boosting"
     )
-    weight_step: NotNegative = setting(0.01, "step μ of the ensemble's weights", "Co-Boosting")
+    weight_step: NotNegative = setting(0.002, "step μ of the ensemble's weights", "Co-Boosting: 0.01")
     weight_decay: Share = setting(0.99, "factor of μ from round to round", "Co-Boosting")
 
 
@@ -241,6 +241,7 @@ class FedftgSettings(GeneratorSettings):
     """FedFTG: a class-conditional generator of hard samples for the averaged model."""
 
     batch_size: Count = setting(64, "images of a generator step", "FedFTG: 50")
+    lr: Positive = setting(1e-3, "Adam's learning rate of the generator")
     classification: NotNegative = setting(1.0, "weight λ_cls of the class-level cross-entropy", "FedFTG")
     diversity: NotNegative = setting(1.0, "weight λ_dis of the diversity loss", "FedFTG")
 

@@ -30,9 +30,9 @@ def loud(vit, seed: int, scale: float = 0.15):
     return vit.eval()
 
 
-def make_upload(client: int, counts: tuple[int, ...], scale: float = 0.15) -> fm.Upload:
+def make_upload(client: int, counts: tuple[int, ...], scale: float = 0.15, side: int = 24) -> fm.Upload:
     """An upload of a random ViT-Micro."""
-    vit = loud(fm.create_vit("vit_micro", CLASSES), seed=100 + client, scale=scale)
+    vit = loud(fm.create_vit("vit_micro", CLASSES, image_size=side), seed=100 + client, scale=scale)
     weights = {k: v.detach().clone() for k, v in vit.state_dict().items()}
     return fm.Upload(client, sum(counts), ModelShape.of("vit_micro", vit), weights, counts)
 

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 import fedmitr as fm
 import fedmitr.experiment as module
 from fedmitr.client import FusionClient
+from fedmitr.methods import METHODS
 from fedmitr.metrics import forward_flops
-from fedmitr.settings import METHODS, Settings
+from fedmitr.settings import Settings
 
 GENERATORS = ("fdafl", "dense", "co_boosting", "fedftg")
 DISTILLED = ("fedmitr", "fadi", *GENERATORS)
@@ -38,7 +39,7 @@ SMALL |= {
     for method in GENERATORS
     for name, value in dict(rounds=2, generator_steps=2, width=4, latent=5).items()
 }
-SMALL |= {"fdafl.batch_size": 8, "fedftg.batch_size": 8}
+SMALL |= {"fdafl.batch_size": 8, "fedftg.batch_size": 8, "fadi.iterations": 5}
 
 
 def small(**changes):
@@ -172,7 +173,7 @@ def given_to_methods(these, monkeypatch):
     """What every method gets, none of them run."""
     seen = {}
     for method in METHODS:
-        monkeypatch.setitem(module.METHODS, method, lambda given, *_, name=method: seen.update({name: given}))
+        monkeypatch.setitem(METHODS, method, lambda given, *_, name=method: seen.update({name: given}))
         these.outcome(method)
     return seen
 
@@ -202,7 +203,7 @@ SKEWED = {
         ensemble__mode="class",
     ),
     "twenty clients of extreme skew": dict(
-        partition__clients=20, partition__alpha=0.05, partition__min_size=1
+        partition__clients=20, partition__alpha=0.01, partition__min_size=2
     ),
 }
 
@@ -222,7 +223,6 @@ def test_every_method_survives(name, tmp_path):
 @pytest.mark.parametrize(
     "method, changes, name",
     [
-        ("fedftg", dict(partition__clients=20, partition__alpha=0.01, partition__min_size=1), "alpha=0.01"),
         ("dense", dict(partition__clients=400), "partition.clients=400"),
         ("fusefl", dict(fusefl__stages=5), "fusefl.stages=5"),
         ("nobody", {}, "method='nobody'"),
@@ -232,6 +232,28 @@ def test_what_cannot_work_is_one_line_before_any_work(method, changes, name, tmp
     with pytest.raises(fm.BadInput) as error:
         fm.run(method, small(**changes), tmp_path)
     one_line(error.value, name)
+
+
+# A method of the reader's own.
+
+
+def test_a_method_of_your_own_is_run_and_run_anew_when_it_changes(results, these, monkeypatch):
+    runs = []
+
+    def mine(uploads, settings, store):
+        runs.append("mine")
+        return METHODS["fedavg"](uploads, settings, store)
+
+    def changed(uploads, settings, store):
+        runs.append("changed")
+        return METHODS["fedavg"](uploads, settings, store)
+
+    for method in (mine, mine, changed):
+        monkeypatch.setitem(METHODS, "mine", method)
+        found = these.result("mine")
+        assert found.method == "mine" and found.accuracy == results["fedavg"].accuracy
+        assert found.upload_bytes == results["fedavg"].upload_bytes
+    assert runs == ["mine", "changed"]
 
 
 def test_an_experiment_computes_with_the_threads_of_its_settings(tmp_path):

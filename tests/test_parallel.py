@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 import fedmitr as fm
 import fedmitr.experiment as experiment
 import fedmitr.parallel as module
+from fedmitr.compare import compare
+from fedmitr.methods import METHODS
 from fedmitr.parallel import jobs, parallel
 from fedmitr.settings import Settings
 
@@ -20,8 +22,9 @@ pipeline = importlib.import_module("fedmitr.methods.fedmitr")  # the package's n
 RUN = Settings.load(
     "smoke",
     {
-        "task.test": 0.05,
+        "task.test": 0.04,
         "task.validation": 0.9,
+        "model.image_size": 12,
         "partition.clients": 2,
         "partition.alpha": 10,
         "client.epochs": 1,
@@ -133,3 +136,21 @@ def test_clients_and_inversion_are_the_same_bytes_in_one_process_or_two(tmp_path
     assert [u.digest for u in spread.uploads] == [u.digest for u in alone.uploads]
     assert same(pipeline.synthetic_set(spread.uploads, RUN, spread.store), images)
     assert files(tmp_path / "alone") == files(tmp_path / "spread") and len(files(tmp_path / "alone")) == 4
+
+
+def test_compare_gives_the_same_table_in_one_process_or_two_with_methods_of_your_own_too(
+    tmp_path, monkeypatch
+):
+    def mine(uploads, settings, store):
+        return METHODS["fedavg"](uploads, settings, store)
+
+    monkeypatch.setitem(METHODS, "mine", mine)
+    tables = []
+    for processes in ("2", "1"):
+        monkeypatch.setenv("FEDMITR_JOBS", processes)
+        out = tmp_path / processes / "runs.csv"
+        compare(["mine", "ensemble", "fedavg"], [RUN], tmp_path / processes, out)
+        tables.append(out.read_text())
+    assert tables[0] == tables[1]
+    named = [row.split(",")[0] for row in tables[0].splitlines()]
+    assert named == ["method", "mine", "ensemble", "fedavg"]

@@ -39,7 +39,7 @@ reproduce: setup
 
 test: lint
 	$(BIN)/python -m pytest
-	FEDMITR_PROFILE=smoke $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=600 \
+	FEDMITR_PROFILE=smoke FEDMITR_JOBS=1 $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=600 \
 	  --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks/*.ipynb
 
 lint: setup

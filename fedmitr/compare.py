@@ -144,7 +144,8 @@ def account_table(runs: pd.DataFrame, seconds: pd.DataFrame) -> pd.DataFrame:
             "MB down": f"{cost['download_bytes'] / 1e6:.2f}",
             "synthetic images": f"{cost['synthetic_images']:.0f}",
             "student steps": f"{cost['student_steps']:.0f}",
-            "MFLOP an answer": f"{cost['inference_flops'] / 1e6:.0f}" + f" ({times:.1f}×)" * (times > 1.05),
+            "MFLOP an answer": f"{cost['inference_flops'] / 1e6:.0f}"
+            + (f" ({times:.1f}×)" if times > 1.05 else ""),
             "server seconds": f"{cost['server_seconds']:.1f}",
         }
     return pd.DataFrame.from_dict(rows, orient="index")

@@ -171,12 +171,14 @@ def comparison(table: pd.DataFrame) -> Figure:
         )
         for row, (method, score) in enumerate(scores.iterrows()):
             dots = runs[runs["method"] == method].sort_values("seed")["accuracy"]
-            climb = row + np.linspace(0.15, 0.5, len(dots))
+            climb = row + np.linspace(0.2, 0.5, len(dots))
             axis.plot(dots, climb, "o", color=SKY, ms=5, mec="white", mew=0.5, clip_on=False)
             bar = method_marker(method)
             axis.errorbar(score["mean"], row, xerr=score["std"], capsize=3, markersize=5, **bar)
         axis.set_yticks(range(len(scores)), [NAMES.get(name, name) for name in scores.index])
-        axis.set(title=f"{task}, {clients} clients, α = {alpha:g}: {scores['size'].max():.0f} seeds")
+        count = scores["size"].max()
+        seeds = "one seed" if count == 1 else f"{count} seeds"
+        axis.set(title=f"{task}, {clients} clients, α = {alpha:g}: {seeds}")
         axis.set(xlim=(0, 1), ylim=(-0.5, len(scores) - 0.3))
     axes[-1].set_xlabel("test accuracy: each seed (dots), mean ± standard deviation")
     draw_method_key(figure)

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel
 from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from .client import FusionClient, local_steps, train_client
 from .errors import BadInput
@@ -202,6 +202,10 @@ class Experiment:
         elif method in NEED_COUNTS:
             given = self._everyone
         return METHODS[method](given, self.settings, self.store)
+
+    def models(self, method: str) -> list[nn.Module]:
+        """The models alone: one, or one per client for `local`."""
+        return self.outcome(method).models
 
     def _exchange(self) -> Outcome:
         with progress(sum(c.steps for c in self.clients), "FuseFL", "step") as bar:

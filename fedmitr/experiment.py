@@ -145,7 +145,10 @@ class Experiment:
         return self._train([(0, whole)], lambda _: self.central_key, "central")[0]
 
     def check(self, methods: Sequence[str] = ()) -> None:
-        """Everything that can be wrong with the settings is found here, before any work."""
+        """Everything that can be wrong with settings and methods is found here, before any work."""
+        unknown = [m for m in methods if m not in METHODS]
+        if unknown:
+            raise BadInput(f"method={unknown[0]!r} is unknown: allowed are {', '.join(METHODS)}")
         for client in range(len(self.shards)):
             if self.store.has("uploads", self.upload_key(client)):  # damaged ones are refused now
                 self.store.read("uploads", self.upload_key(client), Upload.load)
@@ -309,8 +312,6 @@ def run(method: str, settings: Settings | None = None, store: Path | str | None 
 
     Raises BadInput, before any training, for an unknown method or settings that cannot work.
     """
-    if method not in METHODS:
-        raise BadInput(f"method={method!r} is unknown: allowed are {', '.join(METHODS)}")
     experiment = Experiment(settings or Settings.load(), store)
     experiment.check([method])
     return experiment.result(method)

@@ -114,6 +114,19 @@ def test_fedftgs_teacher_of_an_image_made_for_y_by_hand():
     torch.testing.assert_close(found, torch.tensor(wanted))
 
 
+def test_to_learn_that_teacher_is_to_come_near_every_client_by_its_weight():
+    """KL(Σ α p ‖ q) and the paper's Σ α KL(p ‖ q) differ by what does not depend on the student."""
+    logits, labels = randn(3, 5, 4), torch.tensor([0, 3, 1, 1, 2])
+    known = class_weights(of_counts((3, 0, 1, 2), (1, 4, 0, 0), (0, 4, 9, 2))).double()
+    student = randn(5, 4, seed=1).requires_grad_(True)
+    ours = F.kl_div(
+        student.log_softmax(-1), class_ensemble(logits, labels, known), reduction="batchmean", log_target=True
+    )
+    theirs = -loss_of("fedftg")(logits, student, labels, known, FedftgSettings(classification=0))
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.7])
 def test_fedftgs_generator_loss_against_a_loop_over_clients_and_samples(weight):
     counts, labels = [(3, 0, 1, 2), (1, 4, 0, 0), (0, 4, 9, 2)], [0, 3, 1, 1, 2]
@@ -453,6 +466,9 @@ def test_fdafl_asks_for_no_class_and_names_what_the_ensemble_sees(clients, tmp_p
 # F-ADI.
 
 
+STOP = dict(inversion__stop_at=(1,), inversion__stop_ratio=(0.5,))  # for FedMITR alone
+
+
 def test_fadi_alternates_dense_inversion_against_the_student_with_distillation(
     clients, tmp_path, monkeypatch
 ):
@@ -473,16 +489,17 @@ def test_fadi_alternates_dense_inversion_against_the_student_with_distillation(
 
     monkeypatch.setattr(module_of("fadi"), "invert", invert)
     monkeypatch.setattr(Student, "learn", record)
-    settings = small(images=8, steps=5, fadi__rounds=2, fadi__competition=0.7, fadi__iterations=9)
+    changes = own("fadi", rounds=2, competition=0.7, iterations=9) | STOP
+    settings = small(images=8, steps=5, **changes)
     METHODS["fadi"](clients[:2], settings, Store(tmp_path))
     assert events == [3, 3, "2 steps on 6", 2, "3 steps on 8"]
     assert torch.equal(rivals[0], rivals[1]) and not torch.equal(rivals[1], rivals[2])
 
 
 def test_fadi_asks_for_the_same_classes_as_fedmitr(clients, tmp_path):
-    sets = [METHODS[m](clients[:2], small(images=8), Store(tmp_path)).synthetic for m in ("fadi", "fedmitr")]
-    assert torch.equal(sets[0].labels, sets[1].labels) and sets[0].mask.all()
-    assert not torch.equal(sets[0].pixels, sets[1].pixels)
+    run, store = small(images=8, **STOP), Store(tmp_path)
+    dense, sparse = (METHODS[m](clients[:2], run, store).synthetic for m in ("fadi", "fedmitr"))
+    assert torch.equal(dense.labels, sparse.labels) and dense.mask.all() and not sparse.mask.all()
 
 
 # Whole runs.

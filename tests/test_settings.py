@@ -47,7 +47,7 @@ def test_published_weights_of_the_rivals():
     assert (settings.fdafl.activation, settings.fdafl.entropy) == (0.1, 5.0)
     assert (settings.dense.disagreement, settings.dense.temperature) == (1.0, 3.0)
     ours = settings.co_boosting
-    assert (ours.hardness, ours.perturbation, ours.weight_step, ours.weight_decay) == (1, 8 / 255, 0.01, 0.99)
+    assert (ours.hardness, ours.perturbation, ours.weight_decay) == (1, 8 / 255, 0.99)
     assert (settings.fedftg.classification, settings.fedftg.diversity) == (1.0, 1.0)
 
 

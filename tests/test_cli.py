@@ -347,6 +347,14 @@ def test_jobs_say_how_many_processes_every_command_may_start(command, monkeypatc
     assert fedmitr(command, *rest[command]).exit_code == 2 and os.environ["FEDMITR_JOBS"] == "3"
 
 
+@pytest.mark.parametrize("words", [["run", "--method", "dense"], ["compare", "--methods", "dense"]])
+def test_a_bad_number_of_processes_in_the_environment_is_one_line(words, tmp_path, monkeypatch, no_work):
+    monkeypatch.setenv("FEDMITR_JOBS", "all")
+    done = fedmitr(*words, *TINY, "--store", tmp_path)
+    assert done.exit_code == 2 and done.stdout == "" and "FEDMITR_JOBS='all'" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.rglob("*.*"))
+
+
 @pytest.mark.parametrize(
     "text, seeds", [("0-4", [0, 1, 2, 3, 4]), ("1,3,5", [1, 3, 5]), ("7", [7]), ("0-1, 4", [0, 1, 4])]
 )

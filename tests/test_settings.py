@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+import fedmitr.methods
 from fedmitr.errors import BadInput
 from fedmitr.settings import METHODS, PROFILES, Settings, defaults, fields, parse_assignment, read_profile
 
@@ -19,7 +20,7 @@ def test_every_block_of_the_rooms_is_there():
     rooms = {"task", "partition", "model", "client", "ensemble", "inversion", "relabel", "distill"}
     methods = {"fdafl", "fadi", "dense", "co_boosting", "fedftg", "fusefl"}
     assert blocks == {"seed", "threads", "budget", *rooms, *methods}
-    assert methods < set(METHODS)
+    assert methods < set(METHODS) and tuple(fedmitr.methods.METHODS) == METHODS
 
 
 def test_every_method_with_a_generator_has_its_settings():

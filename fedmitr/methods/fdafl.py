@@ -14,6 +14,7 @@ the classifier; layer normalisation fixes its scale, so the activation term says
 CNN. Images are balanced by the entropy term alone: nobody asks for a class.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -73,6 +74,6 @@ def excite(ensemble: Ensemble, images: Tensor) -> tuple[Tensor, Tensor]:
 def generator_loss(log_probs: Tensor, features: Tensor, settings: FdaflSettings) -> Tensor:
     """One-hot loss − α·mean|f| − β·entropy of the mean prediction (nats)."""
     one_hot = F.nll_loss(log_probs, log_probs.argmax(1))
-    mean = log_probs.exp().mean(0)
-    entropy = -torch.special.xlogy(mean, mean).sum()
+    mean = (log_probs.logsumexp(0) - math.log(len(log_probs))).clamp(min=-1e3)  # its log, never -inf
+    entropy = -(mean.exp() * mean).sum()
     return one_hot - settings.activation * features.abs().mean() - settings.entropy * entropy

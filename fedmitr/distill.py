@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from .augment import random_maps, warp, warp_mask
 from .ensemble import Ensemble
+from .errors import BadInput
 from .inversion import SyntheticSet
 from .optim import make_optimizer, make_schedule
 from .relabel import background_labels, soft_token_labels, tempered, token_targets
@@ -85,7 +86,7 @@ def train_student(
 ) -> VisionTransformer:
     """One step on each batch: images, teacher's log-probabilities, labels, token targets.
 
-    Returns the student in evaluation mode.
+    Returns the student in evaluation mode. Raises BadInput when it diverged.
     """
     student.train().requires_grad_(True)
     for images, teacher, labels, tokens in batches:
@@ -97,6 +98,10 @@ def train_student(
         schedule.step()
         if progress:
             progress(1)
+    if not all(torch.isfinite(p).all() for p in student.parameters()):
+        raise BadInput(
+            f"distill.lr={settings.lr}: the student diverged to NaN or Inf; allowed is a lower rate"
+        )
     return student.eval()
 
 

@@ -93,5 +93,7 @@ def histograms(uploads: Sequence[Upload]) -> Tensor:
     """The uploads' class histograms c_k: (K, C). Raises BadInput for an upload without one."""
     without = [u.client for u in uploads if u.class_counts is None]
     if without:
-        raise BadInput(f"ensemble.mode='class' needs class_counts: upload of client {without[0]} has none")
+        raise BadInput(
+            f"class_counts are needed (ensemble.mode=class, fedftg): upload of client {without[0]} has none"
+        )
     return torch.tensor([u.class_counts for u in uploads], dtype=torch.float32)

@@ -4,7 +4,7 @@ This is the only room that sees both sides. Clients get shards and give uploads;
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from types import CodeType
@@ -25,7 +25,6 @@ from .parallel import jobs, parallel
 from .partition import partition
 from .paths import default_store
 from .runtime import progress, versions
-from .settings import METHODS as BUILT_IN
 from .settings import TASKS, Settings
 from .store import Store, fingerprint, write_json
 from .tasks import Split, Task, load_task
@@ -70,7 +69,7 @@ class Experiment:
     """The clients of one setting, made on demand: task, shards, shared model, uploads."""
 
     def __init__(self, settings: Settings, store: Store | Path | str | None = None) -> None:
-        """The store is a folder; by default $FEDMITR_STORE, else data/store."""
+        """The store is a folder; by default $FEDMITR_STORE, else data/store. Sets torch's threads."""
         torch.set_num_threads(settings.threads)
         self.settings = settings
         self.store = store if isinstance(store, Store) else Store(store or default_store())
@@ -146,6 +145,7 @@ class Experiment:
 
     def check(self, methods: Sequence[str] = ()) -> None:
         """Everything that can be wrong with settings and methods is found here, before any work."""
+        jobs()
         unknown = [m for m in methods if m not in METHODS]
         if unknown:
             raise BadInput(f"method={unknown[0]!r} is unknown: allowed are {', '.join(METHODS)}")
@@ -232,7 +232,7 @@ class Experiment:
     def result(self, method: str) -> Result:
         """Run a method and evaluate it and its references on the test split."""
         s, test = self.settings, self.task.test
-        made_by = "" if method in BUILT_IN else code_text(METHODS[method].__code__)
+        made_by = [] if str(METHODS[method].__module__).startswith("fedmitr.") else code_text(METHODS[method])
         key = fingerprint("run", method, made_by, [u.digest for u in self.uploads], s.model_dump())
         return self.store.get(
             "runs",
@@ -293,8 +293,14 @@ class Experiment:
         return {stage: round(value, 3) for stage, value in (seconds | outcome.seconds).items()}
 
 
-def code_text(code: CodeType) -> str:
-    """A function's body as text, the same in every process: a method of your own that changed is run anew."""
+def code_text(function: Callable | CodeType) -> str:
+    """A function's body as text, the same in every process: a method of your own that changed is run anew.
+
+    What the function calls is not part of it.
+    """
+    code = getattr(function, "__code__", function)
+    if not isinstance(code, CodeType):
+        return repr(type(function))
     constants = [code_text(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
     return f"{code.co_code.hex()} {code.co_names} {constants}"
 

@@ -38,7 +38,8 @@ def static() -> bool:
 
 def progress(total: int, title: str, unit: str) -> tqdm:
     """A progress bar on stderr, or in the notebook."""
-    return tqdm(total=total, desc=title, unit=unit, disable=static())
+    quiet = {"disable": True} if static() else {}  # else tqdm's own $TQDM_DISABLE decides
+    return tqdm(total=total, desc=title, unit=unit, **quiet)
 
 
 @contextmanager

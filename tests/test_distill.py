@@ -1,5 +1,6 @@
 """augment.py and distill.py: the loss in closed form, pixels and mask that move together, learning."""
 
+import copy
 import importlib
 import math
 
@@ -348,3 +349,11 @@ def test_the_global_model_is_distilled_once_and_comes_back_from_the_store(
     with pytest.raises(AssertionError, match="distilled twice"):
         warmer = settings.model_copy(update={"relabel": RelabelSettings(temperature=2.0)})
         pipeline.global_model(uploads, synthetic, warmer, Store(tmp_path))
+
+
+def test_a_student_that_diverges_is_refused_in_one_line(micro, teacher, synthetic, one_line):
+    settings = DistillSettings(steps=3, batch_size=4, lr=1e38, views=1)
+    student = copy.deepcopy(micro)
+    with pytest.raises(fm.BadInput) as error:
+        distill(student, teacher, synthetic, settings, RelabelSettings(), 0)
+    one_line(error.value, "distill.lr=1e+38")

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 import fedmitr as fm
 import fedmitr.experiment as module
 from fedmitr.client import FusionClient
+from fedmitr.experiment import code_text
 from fedmitr.methods import METHODS
 from fedmitr.metrics import accuracy, forward_flops
 from fedmitr.settings import Settings
@@ -264,3 +266,21 @@ def test_an_experiment_computes_with_the_threads_of_its_settings(tmp_path):
         assert torch.get_num_threads() == 2 and keys[0] != keys[1]
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_method_of_your_own_is_told_by_its_body_not_by_where_it_stands():
+    def method(uploads, settings, store):
+        return [u for u in uploads if u.size > 3]
+
+    first = code_text(method)
+
+    def method(uploads, settings, store):
+        return [u for u in uploads if u.size > 3]
+
+    assert code_text(method) == first
+
+    def method(uploads, settings, store):
+        return [u for u in uploads if u.size > 4]
+
+    assert code_text(method) != first
+    assert code_text(partial(method, None)) == code_text(partial(method, 1))

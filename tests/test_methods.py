@@ -534,7 +534,7 @@ def test_the_generators_loss_falls(method, clients, tmp_path, monkeypatch):
     options = dict(rounds=1, generator_steps=14, lr=1e-2, width=8)
     METHODS[method](clients[:2], small(steps=1, **own(method, **options)), Store(tmp_path))
     values = torch.stack(losses).detach()
-    assert len(values) == 14 and values[-4:].mean() < values[:4].mean() - 0.1
+    assert len(values) == 14 and values[-4:].mean() < values[:4].mean() - 0.05
 
 
 @pytest.mark.parametrize("method", ["dense", "co_boosting"])

@@ -11,7 +11,7 @@ the student on fresh images in every step.
 What changes here: the generator is trained in rounds, after each of which it adds its share of the
 synthetic images to the pool, so that the budget is that of every other method. f is a ViT's input to
 the classifier; layer normalisation fixes its scale, so the activation term says much less than for a
-CNN. Images are balanced by the entropy term alone: nobody asks for a class.
+CNN. The entropy is in nats. Images are balanced by it alone: nobody asks for a class.
 """
 
 import math

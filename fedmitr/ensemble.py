@@ -94,6 +94,6 @@ def histograms(uploads: Sequence[Upload]) -> Tensor:
     without = [u.client for u in uploads if u.class_counts is None]
     if without:
         raise BadInput(
-            f"class_counts are needed (ensemble.mode=class, fedftg): upload of client {without[0]} has none"
+            f"class_counts are needed (ensemble.mode='class', fedftg): upload of client {without[0]} has none"
         )
     return torch.tensor([u.class_counts for u in uploads], dtype=torch.float32)

@@ -1,7 +1,7 @@
 # make setup       the environment, in .venv
 # make reproduce   every notebook, figure and table (PROFILE=smoke|laptop|paper)
 # make test        every check
-# make results     the README's table: five seeds of every method, about three quarters of an hour
+# make results     the README's table: five seeds of every method, about half an hour
 #
 # PYTHON=python3.12 picks the interpreter. On Linux, for the CPU build of torch:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup

@@ -6,6 +6,7 @@ Progress goes to stderr. Bad input is one line on stderr and exit status 2, befo
 import json
 import os
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,13 @@ class OneLine(click.Group):
         except click.ClickException as error:
             click.echo(f"fedmitr: {error.format_message()}", err=True)
             sys.exit(error.exit_code)
+        except BrokenProcessPool:
+            click.echo(
+                "fedmitr: a worker process was killed, perhaps for want of memory; "
+                "the same command goes on where this one stopped (--jobs 1 needs least)",
+                err=True,
+            )
+            sys.exit(1)
         except click.Abort:
             sys.exit(130)
 

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 import fedmitr as fm
 import fedmitr.experiment as experiment
 import fedmitr.parallel as module
+from fedmitr import cli
 from fedmitr.compare import compare
 from fedmitr.methods import METHODS
 from fedmitr.parallel import jobs, parallel
@@ -154,3 +156,17 @@ def test_compare_gives_the_same_table_in_one_process_or_two_with_methods_of_your
     assert tables[0] == tables[1]
     named = [row.split(",")[0] for row in tables[0].splitlines()]
     assert named == ["method", "mine", "ensemble", "fedavg"]
+
+
+def die(item):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_one_line_and_status_1(monkeypatch, capsys):
+    monkeypatch.setenv("FEDMITR_JOBS", "2")
+    monkeypatch.setattr("fedmitr.compare.compare", lambda *_: list(parallel(die, [1, 2])))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["compare", "--profile", "smoke", "--methods", "fedavg", "--seeds", "0"])
+    assert stop.value.code == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("fedmitr: a worker process was killed")

@@ -158,6 +158,20 @@ def test_compare_gives_the_same_table_in_one_process_or_two_with_methods_of_your
     assert named == ["method", "mine", "ensemble", "fedavg"]
 
 
+@pytest.mark.parametrize("limit, expected", [(2e9, 1), (4e9, 2), (64e9, 4), (0.5e9, 1)])
+def test_processes_are_fewer_where_a_container_has_little_memory(limit, expected, tmp_path, monkeypatch):
+    file = tmp_path / "memory.max"
+    file.write_text(f"{int(limit)}\n")
+    monkeypatch.delenv("FEDMITR_JOBS")
+    monkeypatch.setattr(module, "LIMITS", (str(file), str(tmp_path / "none")))
+    monkeypatch.setattr(module.os, "sysconf", lambda _: 10**6)  # plenty in the machine itself
+    monkeypatch.setattr(module.joblib, "cpu_count", lambda: 4)
+    monkeypatch.setattr(module, "device", lambda: torch.device("cpu"))
+    assert jobs() == expected
+    file.write_text("max\n")
+    assert jobs() == 4
+
+
 def die(item):
     os.kill(os.getpid(), signal.SIGKILL)
 

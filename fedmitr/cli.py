@@ -71,7 +71,7 @@ jobs_option = click.option(
     callback=set_jobs,
     expose_value=False,
     metavar="N",
-    help="Processes; default one per core, up to 8. The results are the same for any number.",
+    help="Processes; default one per core, up to 8, fewer where memory is short. Any number gives the same.",
 )
 
 

@@ -87,7 +87,7 @@ def local_loss(vit: VisionTransformer, images: Tensor, labels: Tensor, settings:
 
 
 def fedprox(vit: VisionTransformer, initial: VisionTransformer, settings: ClientSettings) -> Tensor | float:
-    """(μ/2)‖w − w_shared‖², which holds a client near the shared model (FedProx, Li et al. 2020, Eq. 2)."""
+    """(μ/2)‖w − w_shared‖², which holds a client near the shared model (FedProx, Li et al. 2020)."""
     if not settings.fedprox:
         return 0.0
     pairs = zip(vit.parameters(), initial.parameters(), strict=True)

@@ -222,8 +222,10 @@ class FdaflSettings(GeneratorSettings):
 class DenseSettings(GeneratorSettings):
     """DENSE: images of given classes on which student and ensemble still disagree."""
 
-    disagreement: NotNegative = setting(1.0, "weight of the boundary-support loss", "DENSE's code")
-    temperature: Positive = setting(3.0, "T of that loss", "DENSE's code")
+    disagreement: NotNegative = setting(
+        1.0, "weight of the boundary-support loss", "DENSE, in Co-Boosting's code"
+    )
+    temperature: Positive = setting(3.0, "T of that loss", "DENSE, in Co-Boosting's code")
 
 
 class CoBoostingSettings(DenseSettings):

@@ -1,6 +1,6 @@
 """Co-Boosting (Dai et al., ICLR 2024): hard samples and ensemble weights that improve each other.
 
-Each round, with ensemble A_w(x) = softmax Σ_k w_k z_k(x) (paper Eqs. 4 to 12):
+Each round, with ensemble A_w(x) = softmax Σ_k w_k z_k(x):
 
     1. generator and noise    min (1 − p_y)^h·CE(A_w(x), y) − λ·KL(A_w(x)^(1/T) ‖ student(x)^(1/T))
     2. ensemble weights       w ← clip(w − μ·decay^round·sign ∂CE(A_w(x), y)/∂w, 0, 1), batch by batch

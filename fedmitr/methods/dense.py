@@ -1,12 +1,13 @@
 """DENSE (Zhang et al., NeurIPS 2022): a generator finds images on which student and ensemble disagree.
 
-Generation, for a batch of classes y and the ensemble A (paper Eqs. 3 to 7):
+Generation, for a batch of classes y and the ensemble A:
 
     min over generator and noise   CE(A(x), y) + λ1·L_BN − λ2·mean ω·KL(A(x)^(1/T) ‖ student(x)^(1/T)),
     ω = 1 where the two name different classes (images at the boundary), else 0
 
 then distillation of A on all images made so far; the two alternate. Published: 200 rounds of 30
-generator steps on 128 or 256 images, Adam 1e-3, T = 3, a generator started anew in every round.
+generator steps on 128 images, Adam 1e-3, T = 3, a generator started anew in every round (values of
+the implementation that Co-Boosting's authors published beside theirs).
 
 What a ViT changes: it has no batch normalisation, so there are no statistics to match and L_BN is
 absent; nothing takes its place. The student starts where every method's does (`distill.start`), the

@@ -1,7 +1,7 @@
 """F-ADI: Adaptive DeepInversion (Yin et al., CVPR 2020) with the ensemble as its teacher.
 
 Noise is optimised into images of given classes, all patches to the end, on which the student so far
-still differs from the ensemble (paper Eqs. 2 to 7):
+still differs from the ensemble:
 
     min_x   CE(A(x), y) + a_tv·TV(x) + a_l2·‖x‖² + a_c·(1 − JS(A(x), student(x)))
 

@@ -1,7 +1,7 @@
 """F-DAFL: data-free learning of students (Chen et al., ICCV 2019) with the ensemble as its teacher.
 
 The generator sees noise only; its images x should be recognised as some class, excite the teacher's
-features f, and show all classes alike (paper Eqs. 5 to 8, with the ensemble A for the one teacher):
+features f, and show all classes alike (the ensemble A stands for the one teacher):
 
     min over generator   CE(A(x), argmax A(x)) − α·mean|f(x)| − β·H(mean A(x))
 

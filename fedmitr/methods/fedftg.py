@@ -1,7 +1,7 @@
 """FedFTG (Zhang et al., CVPR 2022): the averaged model is fine-tuned on hard samples of a generator.
 
 With p_k the softmax of client k, q the student's, and client k's weight for class y
-α_k^y = c_k[y] / Σ_j c_j[y] (paper Eqs. 5 to 10):
+α_k^y = c_k[y] / Σ_j c_j[y]:
 
     L_md(x, y)  = Σ_k α_k^y·KL(p_k(x) ‖ q(x))                 how far the student is from the clients
     L_cls(x, y) = Σ_k α_k^y·CE(p_k(x), y)                     is it a y for those who know y

@@ -51,20 +51,22 @@ def synthetic_set(
     first: stop after that many batches, default all.
     """
     keys = inversion_keys(uploads, settings)[:first]
-    todo = [index for index, key in enumerate(keys) if not store.has("synthetic", key)]
+    todo = [(index, key) for index, key in enumerate(keys) if not store.has("synthetic", key)]
     if len(todo) > 1 and jobs() > 1:
         with progress(len(todo), "inversion", "batch") as bar:
             for _ in parallel(partial(_invert_apart, uploads, settings, store), todo):
                 bar.update(1)
     with progress(len(keys) * settings.inversion.iterations, "inversion", "it") as bar:
-        return SyntheticSet.concat([_batch(uploads, settings, store, i, bar) for i in range(len(keys))])
+        return SyntheticSet.concat(
+            [_batch(uploads, settings, store, *batch, bar) for batch in enumerate(keys)]
+        )
 
 
 def _batch(
-    uploads: Sequence[Upload], settings: Settings, store: Store, index: int, bar: tqdm
+    uploads: Sequence[Upload], settings: Settings, store: Store, index: int, key: str, bar: tqdm
 ) -> SyntheticSet:
     """One batch of synthetic images, from the store or inverted now."""
-    before, key = bar.n, inversion_keys(uploads, settings)[index]
+    before = bar.n
 
     def make() -> SyntheticSet:
         ensemble = Ensemble(uploads, settings.ensemble).to(device())
@@ -83,10 +85,12 @@ def _batch(
     return made
 
 
-def _invert_apart(uploads: Sequence[Upload], settings: Settings, store: Store, index: int) -> None:
+def _invert_apart(
+    uploads: Sequence[Upload], settings: Settings, store: Store, batch: tuple[int, str]
+) -> None:
     torch.set_num_threads(settings.threads)
     with progress(settings.inversion.iterations, "inversion", "it") as bar:
-        _batch(uploads, settings, store, index, bar)
+        _batch(uploads, settings, store, *batch, bar)
 
 
 def distill_key(uploads: Sequence[Upload], settings: Settings) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .errors import BadInput
 from .settings import EnsembleSettings
 from .upload import Upload, check_same_shape
-from .vit import forward_tokens, kept_patches, patch_features, patch_importance
+from .vit import class_logits, forward_tokens, kept_patches, patch_importance
 
 ON_LOGITS = ("mean_logits", "class")  # the other modes combine probabilities
 
@@ -36,11 +36,11 @@ class Ensemble(nn.Module):
 
     def logits(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Every client's class logits (K, B, C), not yet combined."""
-        return torch.stack([self._class_logits(m, *kept_patches(m, images, keep)) for m in self.members])
+        return torch.stack([class_logits(m, *kept_patches(m, images, keep)) for m in self.members])
 
     def forward_patches(self, patches: Tensor, position: Tensor) -> Tensor:
-        """Log-probabilities (B, C) of patches (B, M, ch·p·p) at grid positions (B, M)."""
-        return self.combine(torch.stack([self._class_logits(m, patches, position) for m in self.members]))
+        """Log-probabilities (B, C) of patches (B, M, ch·p·p) at grid positions (B, M), or (1, M) for all."""
+        return self.combine(torch.stack([class_logits(m, patches, position) for m in self.members]))
 
     def forward_tokens(self, images: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probabilities of CLS (B, C) and of every patch token (B, N, C): A^0 and A^i."""
@@ -57,10 +57,6 @@ class Ensemble(nn.Module):
     def combine(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
         """Clients' logits (K, ..., C) to the ensemble's log-probabilities (..., C)."""
         return combine(logits, self.weights, self.mode, temperature)
-
-    @staticmethod
-    def _class_logits(member: nn.Module, patches: Tensor, position: Tensor) -> Tensor:
-        return member.forward_head(patch_features(member, patches, position))
 
 
 def combine(logits: Tensor, weights: Tensor, mode: str, temperature: float = 1.0) -> Tensor:

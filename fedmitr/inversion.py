@@ -4,10 +4,8 @@ Noise is optimised until the ensemble sees the wanted class in it. At each stop 
 attends to least leave for good: from then on they get no forward, no gradient, no update
 (method step 3; SMI, Hu et al. 2024). An empty schedule of stops is dense inversion.
 
-Jitter and flip: a view is the image rolled by some pixels and perhaps mirrored, and the kept set
-moves with it. Of the view only the patches at the moved places are embedded; `move` gives the places.
-After a shift that is no multiple of the patch, the window at such a place also shows a few pixels of
-its neighbours; where those have stopped, they are shown as they are and still get no update.
+Only what the views show of surviving patches is differentiated: `pixels` cuts it out of the images and
+says where it belongs, and the gradient of the regularisers is written out.
 """
 
 import math
@@ -22,10 +20,11 @@ from torch import Tensor
 
 from .ensemble import Ensemble
 from .errors import BadInput
+from .pixels import Shape, halo, random_move, total_variation, total_variation_gradient, windows
 from .runtime import device, generator
 from .settings import InversionSettings
 from .store import read_tensors, write_tensors
-from .vit import gather_tokens, grid_size, patch_features, patchify, unpatchify
+from .vit import class_logits, gather_tokens
 
 COLUMNS = ("pixels", "labels", "mask", "loss")
 FRAMES = 13  # pictures of a batch kept for plotting, from first noise to last iterate
@@ -93,109 +92,66 @@ def invert(
     on the way, in `history["frames"]`. progress is called with 1 after each iteration. The same arguments
     give the same images.
     """
-    rng, at = generator(seed, "inversion"), labels.device
-    member = ensemble.members[0]
-    rows, columns = grid_size(member)
-    patch, side = member.patch_embed.patch_size, member.patch_embed.img_size
-    shape = (len(labels), member.patch_embed.proj.in_channels, *side)
-    canvas = patchify(torch.randn(shape, generator=rng), patch).to(at)  # (B, N, ch·p·p)
-    keep = torch.arange(rows * columns, device=at).expand(len(labels), -1)  # (B, M)
-    live = _Live(canvas, settings)
-    best = _Best(len(labels), at)
+    rng, at, batch = generator(seed, "inversion"), labels.device, len(labels)
+    shape = Shape.of(ensemble.members[0])
+    image = torch.randn((batch, *shape.image), generator=rng).flatten(1).to(at)  # (B, ch·H·W)
+    keep = torch.arange(shape.patches, device=at)[None]  # (1, N) while every image keeps all; then (B, M)
+    live = _Live(image, keep, shape, settings)
+    best = _Best(batch, at)
     stops = dict(zip(settings.stop_at, settings.stop_ratio, strict=True))
-    log: dict[str, list[Tensor]] = {"loss": [], "cross_entropy": [], "confidence": [], "kept": []}
+    log: dict[str, list[Tensor]] = {"loss": [], "cross_entropy": [], "confidence": []}
+    kept: list[float] = []
     frames: list[tuple[int, Tensor, Tensor]] = []
     wanted = {round(i * settings.iterations / (FRAMES - 1)) for i in range(FRAMES)} | set(settings.stop_at)
 
     for step in range(settings.iterations + 1):
         if step in wanted:
-            laid = _scatter(canvas, keep, live.patches.detach())[:recorded]
-            frames.append((step, laid, _mask(keep, rows * columns)[:recorded]))
+            frames.append((step, image[:recorded].clone(), _mask(keep, shape, batch)[:recorded]))
         if step == settings.iterations:
             break
         if step in stops:
-            survivors = _survivors(ensemble, live.patches.detach(), keep, stops[step])
-            canvas = _freeze(canvas, keep, live.patches.detach(), survivors, settings.background, rng)
-            keep = keep.gather(1, survivors)
-            live.keep(survivors)
-        image = unpatchify(_scatter(canvas, keep, live.patches), patch, side)
-        seen = random_view(image, keep, patch, settings, rng)
-        log_probs = ensemble.forward_patches(*seen)
+            rows = _survivors(ensemble, live.patches, keep, stops[step])
+            survivors = keep.expand(batch, -1).gather(1, rows)
+            _fill(image, keep, survivors, shape, settings.background, rng)
+            keep = survivors
+            live.keep(rows, keep)
+        index, place = windows(keep, *random_move(shape, settings.jitter, settings.flip, rng), shape)
+        index = index.expand(batch, -1)
+        view = image.gather(1, index).view(batch, keep.shape[1], -1).requires_grad_()
+        log_probs = ensemble.forward_patches(view, place)
         cross_entropy = F.nll_loss(log_probs, labels, reduction="none")
         loss = settings.ce * cross_entropy
-        if settings.tv:
-            loss = loss + settings.tv * total_variation(image)
-        if settings.l2:
-            loss = loss + settings.l2 * live.patches.square().sum(dim=(1, 2))
         if rival is not None and competition:
-            of_rival = rival.forward_head(patch_features(rival, *seen))
-            loss = loss + competition * (1 - jensen_shannon(log_probs, of_rival))
+            loss = loss + competition * (1 - jensen_shannon(log_probs, class_logits(rival, view, place)))
+        (of_view,) = torch.autograd.grad(loss.sum(), view)
+        log_probs, cross_entropy = log_probs.detach(), cross_entropy.detach()
+        loss = loss.detach() + live.penalty()
         if settings.keep_best and step >= max(settings.stop_at, default=0):
-            best.update(loss.detach(), cross_entropy.detach(), live.patches.detach())
-        live.step(loss.sum())
-        log["loss"].append(loss.detach().mean())
-        log["cross_entropy"].append(cross_entropy.detach().mean())
-        log["confidence"].append(log_probs.detach().gather(1, labels[:, None]).exp().mean())
-        log["kept"].append(torch.tensor(keep.shape[1] / (rows * columns), device=at))
+            best.update(loss, cross_entropy, live.pixels)
+        live.step(torch.zeros_like(image).scatter_(1, index, of_view.flatten(1)))
+        log["loss"].append(loss.mean())
+        log["cross_entropy"].append(cross_entropy.mean())
+        log["confidence"].append(log_probs.gather(1, labels[:, None]).exp().mean())
+        kept.append(keep.shape[1] / shape.patches)
         if progress:
             progress(1)
 
     if settings.keep_best:
-        patches, final = best.patches, best.cross_entropy
+        image.scatter_(1, live.home, best.pixels)
+        final = best.cross_entropy
     else:
-        patches = live.patches.detach()
         with torch.no_grad():
-            final = F.nll_loss(ensemble.forward_patches(patches, keep), labels, reduction="none")
-    history = {name: torch.stack(values).cpu() for name, values in log.items()}
-    history["frame_at"] = torch.tensor([f[0] for f in frames])
-    history["frames"] = torch.stack([unpatchify(f[1], patch, side) for f in frames]).cpu()
-    history["frame_masks"] = torch.stack([f[2] for f in frames]).cpu()
-    pixels = unpatchify(_scatter(canvas, keep, patches), patch, side)
-    if not pixels.isfinite().all():
+            final = F.nll_loss(ensemble.forward_patches(live.patches, keep), labels, reduction="none")
+    if not image.isfinite().all():
         raise BadInput(
             f"inversion.lr={settings.lr}: the pixels diverged to NaN or Inf; allowed is a lower rate"
         )
-    return SyntheticSet(pixels, labels, _mask(keep, rows * columns), final, history)
-
-
-def random_view(
-    image: Tensor, keep: Tensor, patch: tuple[int, int], settings: InversionSettings, rng: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """One random view of images (B, ch, H, W): the kept patches (B, M, ch·p·p) and their positions (B, M).
-
-    The whole batch shares one shift of up to `jitter` of each side, in pixels, and one flip (as SMI).
-    """
-    sides = image.shape[-2:]
-    limits = [round(settings.jitter * side) for side in sides]
-    shift = tuple(int(torch.randint(-n, n + 1, (1,), generator=rng)) for n in limits)
-    flip = settings.flip and bool(torch.rand(1, generator=rng) < 0.5)
-    view = torch.roll(image, shift, dims=(-2, -1))
-    view = view.flip(-1) if flip else view
-    grid = (sides[0] // patch[0], sides[1] // patch[1])
-    position = move(keep, shift, flip, grid, patch)
-    return gather_tokens(patchify(view, patch), position), position
-
-
-def move(
-    index: Tensor, shift: tuple[int, int], flip: bool, grid: tuple[int, int], patch: tuple[int, int]
-) -> Tensor:
-    """Where patches (B, M) stand after rolling the image by shift pixels, then mirroring it.
-
-    Rolling by whole patches moves each patch to exactly one place; a remainder of up to half a patch
-    leaves it at the place that its centre lies in.
-    """
-    rows, columns = grid
-    down, right = (math.floor(s / p + 0.5) for s, p in zip(shift, patch, strict=True))
-    row = (index // columns + down) % rows
-    column = (index % columns + right) % columns
-    return row * columns + (columns - 1 - column if flip else column)
-
-
-def total_variation(images: Tensor) -> Tensor:
-    """L2 total variation (B,): sum of squared differences of neighbouring pixels."""
-    down = (images[:, :, 1:] - images[:, :, :-1]).square().sum(dim=(1, 2, 3))
-    right = (images[..., 1:] - images[..., :-1]).square().sum(dim=(1, 2, 3))
-    return down + right
+    history = {name: torch.stack(values).cpu() for name, values in log.items()}
+    history["kept"] = torch.tensor(kept)
+    history["frame_at"] = torch.tensor([at for at, _, _ in frames])
+    history["frames"] = torch.stack([picture for _, picture, _ in frames]).unflatten(2, shape.image).cpu()
+    history["frame_masks"] = torch.stack([mask for _, _, mask in frames]).cpu()
+    return SyntheticSet(image.view(batch, *shape.image), labels, _mask(keep, shape, batch), final, history)
 
 
 def jensen_shannon(teacher: Tensor, student: Tensor, temperature: float = 3.0) -> Tensor:
@@ -216,38 +172,69 @@ def remaining(count: int, ratios: Sequence[float]) -> int:
     return count
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _survivors(ensemble: Ensemble, patches: Tensor, keep: Tensor, ratio: float) -> Tensor:
     """Rows (B, M') of the patches that CLS attends to most, in grid order."""
     importance = ensemble.importance(patches, keep)
     count = remaining(patches.shape[1], [ratio])
-    return importance.topk(count, dim=1).indices.sort(dim=1).values.clone()
+    return importance.topk(count, dim=1).indices.sort(dim=1).values
 
 
 class _Live:
-    """The surviving patches (B, M, ch·p·p) and Adam's moments for them alone."""
+    """The pixels (B, M·ch·p·p) of the surviving patches, their places in the images, and Adam on them alone."""
 
-    def __init__(self, patches: Tensor, settings: InversionSettings) -> None:
-        self.patches = patches.clone().requires_grad_(True)
-        self.lr, self.betas, self.steps = settings.lr, settings.betas, 0
-        self.mean, self.square = torch.zeros_like(patches), torch.zeros_like(patches)
+    def __init__(self, image: Tensor, keep: Tensor, shape: Shape, settings: InversionSettings) -> None:
+        self.image, self.shape, self.settings = image, shape, settings
+        self._place(keep)
+        self.pixels = image.gather(1, self.home)
+        self.adam = self._adam()
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop every patch but these rows (B, M'), with its moments."""
-        self.mean, self.square = gather_tokens(self.mean, rows), gather_tokens(self.square, rows)
-        self.patches = gather_tokens(self.patches.detach(), rows).requires_grad_(True)
+    def _place(self, keep: Tensor) -> None:
+        """home and around: flat pixels of the patches `keep`, and with those that touch them."""
+        batch = len(self.image)
+        self.home = windows(keep, (0, 0), False, self.shape)[0].expand(batch, -1)
+        self.around = halo(keep, self.shape).expand(batch, -1, -1, -1, -1)
 
-    def step(self, loss: Tensor) -> None:
-        """One step of Adam (Kingma & Ba 2015, Algorithm 1) on the pixels."""
-        (gradient,) = torch.autograd.grad(loss, self.patches)
-        self.steps += 1
-        first, second = self.betas
-        self.mean.lerp_(gradient, 1 - first)
-        self.square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        scale = self.lr / (1 - first**self.steps)
-        denominator = (self.square / (1 - second**self.steps)).sqrt_().add_(1e-8)
-        with torch.no_grad():
-            self.patches.addcdiv_(self.mean, denominator, value=-scale)
+    def _adam(self) -> torch.optim.Adam:
+        return torch.optim.Adam([self.pixels], self.settings.lr, self.settings.betas, fused=True)
+
+    @property
+    def patches(self) -> Tensor:
+        """(B, M, ch·p·p)"""
+        return self.pixels.view(*self.around.shape[:2], -1)
+
+    def keep(self, rows: Tensor, keep: Tensor) -> None:
+        """Drop every patch but these rows (B, M'), which are the patches `keep`, with Adam's moments."""
+        before, width = self.adam.state.pop(self.pixels, {}), self.patches.shape[1]
+
+        def survivors(values: Tensor) -> Tensor:
+            return gather_tokens(values.view(len(rows), width, -1), rows).flatten(1)
+
+        self._place(keep)
+        self.pixels = survivors(self.pixels)
+        self.adam = self._adam()
+        self.adam.state[self.pixels] = {k: v if k == "step" else survivors(v) for k, v in before.items()}
+
+    def penalty(self) -> Tensor:
+        """a_tv TV(x) + a_l2 |x|² (B,)."""
+        value = torch.zeros(len(self.image), device=self.image.device)
+        if self.settings.tv:
+            value = value + self.settings.tv * total_variation(self.image.unflatten(1, self.shape.image))
+        if self.settings.l2:
+            value = value + self.settings.l2 * self.pixels.square().sum(dim=1)
+        return value
+
+    def step(self, of_image: Tensor) -> None:
+        """One step of Adam, given the gradient (B, ch·H·W) of the loss without its penalty."""
+        gradient = of_image.gather(1, self.home)
+        if self.settings.tv:
+            around = self.image.gather(1, self.around.flatten(1)).view(self.around.shape)
+            gradient.add_(total_variation_gradient(around), alpha=self.settings.tv)
+        if self.settings.l2:
+            gradient.add_(self.pixels, alpha=2 * self.settings.l2)
+        self.pixels.grad = gradient
+        self.adam.step()
+        self.image.scatter_(1, self.home, self.pixels)
 
 
 class _Best:
@@ -256,41 +243,39 @@ class _Best:
     def __init__(self, batch: int, device: torch.device) -> None:
         self.loss = torch.full((batch,), math.inf, device=device)
         self.cross_entropy = torch.full((batch,), math.inf, device=device)
-        self.patches: Tensor | None = None
+        self.pixels: Tensor | None = None
 
-    def update(self, loss: Tensor, cross_entropy: Tensor, patches: Tensor) -> None:
+    def update(self, loss: Tensor, cross_entropy: Tensor, pixels: Tensor) -> None:
         better = loss < self.loss
-        if self.patches is None:
-            self.patches = patches.clone()
-        self.patches = torch.where(better[:, None, None], patches, self.patches)
-        self.loss = torch.where(better, loss, self.loss)
-        self.cross_entropy = torch.where(better, cross_entropy, self.cross_entropy)
+        if self.pixels is None:
+            self.pixels = pixels.clone()
+        torch.where(better[:, None], pixels, self.pixels, out=self.pixels)
+        torch.where(better, cross_entropy, self.cross_entropy, out=self.cross_entropy)
+        torch.where(better, loss, self.loss, out=self.loss)
 
 
-def _scatter(canvas: Tensor, keep: Tensor, patches: Tensor) -> Tensor:
-    """The canvas (B, N, d) with live patches (B, M, d) laid at their places (B, M)."""
-    return canvas.scatter(1, keep[:, :, None].expand_as(patches), patches)
+def _mask(keep: Tensor, shape: Shape, batch: int) -> Tensor:
+    """Kept patches (B, M), or (1, M) for all, as a mask (B, N)."""
+    empty = torch.zeros(batch, shape.patches, dtype=torch.bool, device=keep.device)
+    return empty.scatter(1, keep.expand(batch, -1), True)
 
 
-def _mask(keep: Tensor, count: int) -> Tensor:
-    return torch.zeros(len(keep), count, dtype=torch.bool, device=keep.device).scatter(1, keep, True)
-
-
-def _freeze(
-    canvas: Tensor, keep: Tensor, patches: Tensor, survivors: Tensor, background: str, rng: torch.Generator
-) -> Tensor:
-    """The canvas with the patches that stop now at their last pixels, or as `background` says."""
-    canvas = _scatter(canvas, keep, patches)
+def _fill(
+    image: Tensor, keep: Tensor, survivors: Tensor, shape: Shape, background: str, rng: torch.Generator
+) -> None:
+    """Paint the patches that stop now as `background` says, in place; what stopped earlier stays as it is."""
     if background == "keep":
-        return canvas
-    count = canvas.shape[1]  # what stopped earlier stays as it is
-    stopped = (_mask(keep, count) & ~_mask(keep.gather(1, survivors), count))[:, :, None]
+        return
+    batch = len(image)
+    stopped = _mask(keep, shape, batch) & ~_mask(survivors, shape, batch)
+    count = int(stopped[0].sum())
+    index = windows(stopped.int().topk(count, dim=1).indices, (0, 0), False, shape)[0]
     fill = {
-        "zero": lambda: torch.zeros_like(canvas),
-        "noise": lambda: torch.randn(canvas.shape, generator=rng).to(canvas.device),
-        "mean": lambda: canvas.mean(dim=(1, 2), keepdim=True).expand_as(canvas),
+        "zero": lambda: torch.zeros_like(image),
+        "noise": lambda: torch.randn(image.shape, generator=rng).to(image.device),
+        "mean": lambda: image.mean(dim=1, keepdim=True).expand_as(image),
     }[background]()
-    return torch.where(stopped, fill, canvas)
+    image.scatter_(1, index, fill.gather(1, index))
 
 
 def save_synthetic(synthetic: SyntheticSet, folder: Path) -> None:

@@ -17,6 +17,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
+from .attention import look, run_block
 from .errors import BadInput
 from .paths import shipped
 from .settings import ModelSettings
@@ -210,6 +211,21 @@ def patch_features(vit: VisionTransformer, patches: Tensor, position: Tensor) ->
     return vit.norm(vit.blocks(embed_patches(vit, patches, position)))
 
 
+def class_logits(vit: VisionTransformer, patches: Tensor, position: Tensor) -> Tensor:
+    """Class logits z^0 (B, C) of patches (B, M, ch·p·p) at positions (B, M) or, for all images, (1, M).
+
+    Equal to `forward_head` of `patch_features`, without what the head does not read: in the last block
+    only the prefix tokens look at the others and go on through the MLP (a model that pools its patch
+    tokens still needs all).
+    """
+    tokens = embed_patches(vit, patches, position)
+    for block in vit.blocks[:-1]:
+        tokens = run_block(block, tokens)
+    reads_prefix = vit.attn_pool is None and vit.global_pool == "token"
+    rows = vit.num_prefix_tokens if reads_prefix else tokens.shape[1]
+    return vit.forward_head(vit.norm(run_block(vit.blocks[-1], tokens, rows)))
+
+
 def forward_tokens(
     vit: VisionTransformer, images: Tensor, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -245,12 +261,9 @@ def cls_attention(vit: VisionTransformer, images: Tensor, keep: Tensor | None = 
 
 def patch_importance(vit: VisionTransformer, patches: Tensor, position: Tensor) -> Tensor:
     """`cls_attention` for patches (B, M, ch·p·p) at grid positions (B, M)."""
-    tokens = vit.blocks[:-1](embed_patches(vit, patches, position))
-    attention = vit.blocks[-1].attn
-    tokens = vit.blocks[-1].norm1(tokens)
-    batch, length, _ = tokens.shape
-    qkv = attention.qkv(tokens).view(batch, length, 3, attention.num_heads, attention.head_dim)
-    query = attention.q_norm(qkv[:, :1, 0].transpose(1, 2))  # (B, heads, 1, d): the CLS row alone
-    key = attention.k_norm(qkv[:, :, 1].transpose(1, 2))
-    weights = (attention.scale * query @ key.transpose(-2, -1)).softmax(dim=-1)
+    tokens = embed_patches(vit, patches, position)
+    for block in vit.blocks[:-1]:
+        tokens = run_block(block, tokens)
+    last = vit.blocks[-1]
+    weights, _ = look(last.attn, last.norm1(tokens), rows=1)
     return weights[:, :, 0, vit.num_prefix_tokens :].mean(dim=1)

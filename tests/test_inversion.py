@@ -18,11 +18,17 @@ from fedmitr.inversion import (
     jensen_shannon,
     label_batches,
     load_synthetic,
-    move,
-    random_view,
     remaining,
     save_synthetic,
+)
+from fedmitr.pixels import (
+    Shape,
+    halo,
+    move,
+    random_move,
     total_variation,
+    total_variation_gradient,
+    windows,
 )
 from fedmitr.runtime import generator
 from fedmitr.settings import EnsembleSettings, InversionSettings
@@ -88,28 +94,53 @@ def test_a_shift_by_whole_patches_is_roll_and_flip_of_the_grid(down, right, flip
     assert found == [grid.index(number) for number in range(36)]
 
 
+SHAPE = Shape(2, (24, 24), (4, 4), GRID)
+
+
+def cut(images, index, places):
+    """What `windows` shows of images (B, ch, H, W), as patches (B, M, d)."""
+    return images.flatten(1).gather(1, index.expand(len(images), -1)).view(len(images), places.shape[1], -1)
+
+
 @pytest.mark.parametrize("jitter, flip", [(0.0, False), (0.125, False), (0.0, True), (0.2, True)])
 def test_a_view_is_the_rolled_and_flipped_image_at_the_moved_places(jitter, flip):
     rng = torch.Generator().manual_seed(0)
     images = torch.randn(3, 2, 24, 24, generator=rng)
-    keep = torch.rand(3, 36, generator=rng).argsort(1)[:, :10]
-    far, matched = round(jitter * 24), set()
-    moves = range(-far, far + 1)
+    far, drawn = round(jitter * 24), set()
     for seed in range(40):
-        options = settings(jitter=jitter, flip=flip)
-        pixels, position = random_view(images, keep, (4, 4), options, generator(seed))
-        assert pixels.shape == (3, 10, 32) and position.shape == (3, 10)
-        matches = []
-        for down, right, mirror in itertools.product(moves, moves, (False, True) if flip else (False,)):
-            view = patchify(seen(images, (down, right), mirror), (4, 4))
-            if torch.equal(view.gather(1, position[:, :, None].expand_as(pixels)), pixels):
-                matches.append(((down, right), mirror))
-        assert len(matches) == 1
-        assert torch.equal(position, move(keep, *matches[0], GRID, (4, 4)))
-        matched.add(matches[0])
+        shift, mirror = random_move(SHAPE, jitter, flip, generator(seed))
+        drawn.add((shift, mirror))
+        view = patchify(seen(images, shift, mirror), (4, 4))
+        some = torch.rand(3, 36, generator=rng).argsort(1)[:, :10]
+        for keep in (some, torch.arange(36)[None]):
+            index, places = windows(keep, shift, mirror, SHAPE)
+            assert torch.equal(places, move(keep, shift, mirror, GRID, (4, 4)))
+            wanted = view.gather(1, places.expand(3, -1)[:, :, None].expand(-1, -1, 32))
+            assert torch.equal(cut(images, index, places), wanted)
     for axis in range(2):
-        assert {shift[axis] for shift, _ in matched} >= {-far, far}
-    assert {mirror for _, mirror in matched} == ({False, True} if flip else {False})
+        assert {shift[axis] for shift, _ in drawn} >= {-far, far}
+    assert {mirror for _, mirror in drawn} == ({False, True} if flip else {False})
+
+
+def test_without_a_move_the_windows_are_the_patches():
+    images, keep = torch.randn(3, 2, 24, 24), torch.arange(36)[None]
+    assert torch.equal(cut(images, *windows(keep, (0, 0), False, SHAPE)), patchify(images, (4, 4)))
+
+
+@given(seed=st.integers(0, 99), kept=st.integers(1, 6))
+def test_the_gradient_of_total_variation_at_patches_is_autograds(seed, kept):
+    rng = torch.Generator().manual_seed(seed)
+    shape = Shape(2, (6, 8), (3, 4), (2, 2))
+    images = torch.randn(3, 2, 6, 8, generator=rng, dtype=torch.float64).requires_grad_()
+    (wanted,) = torch.autograd.grad(total_variation(images).sum(), images)
+    keep = torch.rand(3, 4, generator=rng).argsort(1)[:, :kept]
+    around = halo(keep, shape)
+    found = total_variation_gradient(
+        images.detach().flatten(1).gather(1, around.flatten(1)).view(around.shape)
+    )
+    torch.testing.assert_close(
+        found, patchify(wanted, (3, 4)).gather(1, keep[:, :, None].expand(-1, -1, 24)).flatten(1)
+    )
 
 
 def test_total_variation_against_a_loop():
@@ -156,7 +187,7 @@ def test_the_mask_holds_what_is_left_after_every_stop(sparse):
 def test_stopped_patches_get_no_forward(teacher):
     lengths = []
     first = teacher.members[1].blocks[0]
-    hook = first.register_forward_hook(lambda m, args, out: lengths.append(args[0].shape[1] - 1))
+    hook = first.norm1.register_forward_hook(lambda m, args, out: lengths.append(args[0].shape[1] - 1))
     run(teacher, tv=1e-4)
     hook.remove()
     # each stop looks once more, without gradients, at what is live: 36 and 25
@@ -393,7 +424,9 @@ def test_competition_makes_images_more_disputed(teacher, micro):
 
 def test_a_rival_sees_the_live_patches_alone_and_is_left_as_it_is(teacher, micro):
     lengths, before = [], {k: v.clone() for k, v in micro.state_dict().items()}
-    hook = micro.blocks[0].register_forward_hook(lambda m, args, out: lengths.append(args[0].shape[1] - 1))
+    hook = micro.blocks[0].norm1.register_forward_hook(
+        lambda m, args, out: lengths.append(args[0].shape[1] - 1)
+    )
     compete(teacher, micro, 1.0)
     hook.remove()
     assert lengths == [36, 36, 25, 25, 25, 18, 18, 18]

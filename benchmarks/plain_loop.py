@@ -1,4 +1,4 @@
-"""The published loop of sparse model inversion (SMI, Hu et al. 2024), written plainly: what fedmitr is measured against.
+"""The published loop of sparse model inversion (SMI, Hu et al. 2024), written plainly, to measure against.
 
 Independent of the package: only torch and timm. It does what the authors' public code does at each
 iteration, and no more: the whole image is jittered, embedded and regularised, every block computes its
@@ -36,7 +36,7 @@ def forward(vit: VisionTransformer, images: Tensor, places: Tensor) -> tuple[Ten
 
 
 def jitter(images: Tensor, places: Tensor, patch: int, limit: int) -> tuple[Tensor, Tensor]:
-    """Roll all images by one random number of pixels and perhaps mirror them; places go along by whole patches."""
+    """Roll all images by random pixels and perhaps mirror them; places go along by whole patches."""
     side = images.shape[-1] // patch
     down, right = random.randint(-limit, limit), random.randint(-limit, limit)
     images = torch.roll(images, (down, right), dims=(2, 3))

@@ -4,6 +4,8 @@ Measured in docs/performance.md: up to `SHORT` tokens explicit products with a h
 torch's fused CPU kernel, a little in float32 and by a factor in bfloat16. Elsewhere timm's own forward runs.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
@@ -13,8 +15,17 @@ from torch import Tensor
 SHORT = 256  # tokens up to which attention weights (B, heads, L, L) are small enough to keep
 
 
-def run_block(block: Block, tokens: Tensor, rows: int | None = None) -> Tensor:
-    """A timm block on tokens (B, L, d), for the first `rows` of them (default all): (B, rows, d)."""
+def run_blocks(blocks: Sequence[Block], tokens: Tensor, rows: int | None = None) -> Tensor:
+    """timm blocks on tokens (B, L, d); rows: the last computes only the first so many: (B, rows, d).
+
+    Exact: the rows that are left out enter nothing that is returned.
+    """
+    for block in blocks[:-1]:
+        tokens = _run(block, tokens)
+    return _run(blocks[-1], tokens, rows) if len(blocks) else tokens
+
+
+def _run(block: Block, tokens: Tensor, rows: int | None = None) -> Tensor:
     if rows is None or rows == tokens.shape[1]:
         if not _explicit(block.attn, tokens):
             return block(tokens)
@@ -26,7 +37,10 @@ def run_block(block: Block, tokens: Tensor, rows: int | None = None) -> Tensor:
 
 
 def look(attention: Attention, tokens: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """How the first `rows` tokens look at all of (B, L, d): weights (B, heads, rows, L), values (B, heads, L, D)."""
+    """How the first `rows` tokens look at all of (B, L, d).
+
+    Returns attention weights (B, heads, rows, L) and the values (B, heads, L, D).
+    """
     batch, length, _ = tokens.shape
     sizes = [attention.attn_dim, 2 * attention.attn_dim]
     of_query, of_rest = attention.qkv.weight.split(sizes)
@@ -67,7 +81,7 @@ def _explicit(attention: Attention, tokens: Tensor) -> bool:
 
 
 class _Products(torch.autograd.Function):
-    """softmax(s·QKᵀ)V from packed (B, L, 3, heads, D) to (B, L, heads·D), and its gradient, in six products."""
+    """softmax(s·QKᵀ)V of packed (B, L, 3, heads, D) as (B, L, heads·D), and its gradient: six products."""
 
     @staticmethod
     def forward(ctx, qkv: Tensor, scale: float) -> Tensor:

@@ -23,12 +23,12 @@ from .fuse import (
     stage_tokens,
 )
 from .optim import make_optimizer, make_schedule
-from .runtime import device, generator
+from .runtime import autocast, device, generator
 from .settings import ClientSettings, FuseflSettings
 from .store import Store, fingerprint, read_tensors, write_tensors
 from .tasks import Split
 from .upload import ModelShape, Upload
-from .vit import forward_tokens, token_logits
+from .vit import forward_tokens, image_logits, read_by_head, token_logits
 
 
 def train_client(
@@ -78,12 +78,17 @@ def train_client(
 def local_loss(vit: VisionTransformer, images: Tensor, labels: Tensor, settings: ClientSettings) -> Tensor:
     """CE(z^0, y) + token_weight · (1/N) Σ_i CE(z^i, y), with label smoothing."""
     smooth = settings.label_smoothing
+    with autocast(settings.precision):
+        if not settings.token_weight:
+            of_cls = image_logits(vit, images)
+        else:
+            of_cls, of_tokens = forward_tokens(vit, images)
+    loss = F.cross_entropy(of_cls.to(images), labels, label_smoothing=smooth)
     if not settings.token_weight:
-        return F.cross_entropy(vit(images), labels, label_smoothing=smooth)
-    of_cls, of_tokens = forward_tokens(vit, images)
-    each = labels[:, None].expand(-1, of_tokens.shape[1])
-    tokens = F.cross_entropy(of_tokens.flatten(0, 1), each.flatten(), label_smoothing=smooth)
-    return F.cross_entropy(of_cls, labels, label_smoothing=smooth) + settings.token_weight * tokens
+        return loss
+    each = labels[:, None].expand(-1, of_tokens.shape[1]).flatten()
+    of_tokens = of_tokens.to(images).flatten(0, 1)
+    return loss + settings.token_weight * F.cross_entropy(of_tokens, each, label_smoothing=smooth)
 
 
 def fedprox(vit: VisionTransformer, initial: VisionTransformer, settings: ClientSettings) -> Tensor | float:
@@ -210,8 +215,8 @@ class FusionClient:
                 batch = images[pick.to(at)]
                 if settings.augment:
                     batch = warp(batch, random_maps(len(pick), settings.augment, rng))
-                features = self._features(own, adaptor, front, batch, stage)
-                loss = self._loss(own, features, labels[pick.to(at)]) + fedprox(own, self._initial, settings)
+                loss = self._loss(own, adaptor, front, batch, labels[pick.to(at)], stage)
+                loss = loss + fedprox(own, self._initial, settings)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
@@ -263,25 +268,38 @@ class FusionClient:
         images: Tensor,
         stage: int,
     ) -> Tensor:
-        """Normalised output tokens (B, P + N, d): the fused stages, then this client's own."""
+        """Normalised output tokens that the loss reads: the fused stages, then this client's own."""
         x = images
         if front:
             with torch.no_grad():
                 each = front.outputs(images, stage - 1)  # (K, B, P + N, d)
             x = fuse_tokens(each, adaptor)
+        rows = None if self._settings.token_weight else read_by_head(own)
         for later in range(stage, self._fusion.stages):
-            x = stage_tokens(own, x, later, self._fusion.stages)
+            x = stage_tokens(own, x, later, self._fusion.stages, rows)
         return x
 
-    def _loss(self, own: VisionTransformer, features: Tensor, labels: Tensor) -> Tensor:
-        """`local_loss`, from output tokens."""
+    def _loss(
+        self,
+        own: VisionTransformer,
+        adaptor: nn.Linear | None,
+        front: Fused | None,
+        images: Tensor,
+        labels: Tensor,
+        stage: int,
+    ) -> Tensor:
+        """`local_loss`, of the fused stages and then this client's own."""
         smooth, weight = self._settings.label_smoothing, self._settings.token_weight
-        loss = F.cross_entropy(own.forward_head(features), labels, label_smoothing=smooth)
+        with autocast(self._settings.precision):
+            features = self._features(own, adaptor, front, images, stage)
+            of_cls = own.forward_head(features)
+            of_tokens = token_logits(own, features) if weight else None
+        loss = F.cross_entropy(of_cls.to(images), labels, label_smoothing=smooth)
         if not weight:
             return loss
-        of_tokens = token_logits(own, features)
         each = labels[:, None].expand(-1, of_tokens.shape[1]).flatten()
-        return loss + weight * F.cross_entropy(of_tokens.flatten(0, 1), each, label_smoothing=smooth)
+        of_tokens = of_tokens.to(images).flatten(0, 1)
+        return loss + weight * F.cross_entropy(of_tokens, each, label_smoothing=smooth)
 
 
 def _members(received: dict[str, Tensor]) -> int:

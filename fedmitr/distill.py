@@ -16,10 +16,10 @@ from .errors import BadInput
 from .inversion import SyntheticSet
 from .optim import make_optimizer, make_schedule
 from .relabel import background_labels, soft_token_labels, tempered, token_targets
-from .runtime import generator
+from .runtime import autocast, generator
 from .scenes import texture
 from .settings import DistillSettings, RelabelSettings
-from .vit import forward_tokens, grid_size, normalisation
+from .vit import forward_tokens, grid_size, image_logits, normalisation
 
 VIEW_BATCH = 256  # images that the teacher labels together
 Batch = tuple[Tensor, ...]
@@ -119,14 +119,19 @@ def distill_loss(
     images (B, ch, H, W); teacher log-probabilities (B, C); labels (B,); token targets (B, N, C).
     """
     use_tokens = settings.token_weight > 0 and relabel.mode != "none"
-    of_cls, of_tokens = forward_tokens(student, images) if use_tokens else (student(images), None)
-    heat = settings.temperature
+    with autocast(settings.precision):
+        if use_tokens:
+            of_cls, of_tokens = forward_tokens(student, images)
+        else:
+            of_cls, of_tokens = image_logits(student, images), None
+    heat, of_cls = settings.temperature, of_cls.to(images)
     target = tempered(teacher, heat)
     loss = heat**2 * F.kl_div(F.log_softmax(of_cls / heat, dim=-1), target, reduction="batchmean")
     if settings.ce_weight:
         loss = loss + settings.ce_weight * F.cross_entropy(of_cls, labels)
     if use_tokens:
-        loss = loss + settings.token_weight * F.cross_entropy(of_tokens.flatten(0, 1), tokens.flatten(0, 1))
+        of_tokens = of_tokens.to(images).flatten(0, 1)
+        loss = loss + settings.token_weight * F.cross_entropy(of_tokens, tokens.flatten(0, 1))
     return loss
 
 

@@ -1,12 +1,14 @@
 """Many uploads seen as one teacher A(x) (method step 2)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .errors import BadInput
+from .runtime import autocast
 from .settings import EnsembleSettings
 from .upload import Upload, check_same_shape
 from .vit import class_logits, forward_tokens, kept_patches, patch_importance
@@ -25,7 +27,8 @@ class Ensemble(nn.Module):
     def __init__(self, uploads: Sequence[Upload], settings: EnsembleSettings | None = None) -> None:
         super().__init__()
         check_same_shape(uploads)
-        self.mode = (settings or EnsembleSettings()).mode
+        settings = settings or EnsembleSettings()
+        self.mode, self.precision = settings.mode, settings.precision
         self.members = nn.ModuleList(u.vit() for u in uploads)
         self.register_buffer("weights", client_weights(uploads, self.mode))
         self.num_classes = uploads[0].shape.num_classes
@@ -36,23 +39,35 @@ class Ensemble(nn.Module):
 
     def logits(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Every client's class logits (K, B, C), not yet combined."""
-        return torch.stack([class_logits(m, *kept_patches(m, images, keep)) for m in self.members])
+        return self._logits(*kept_patches(self.members[0], images, keep))
 
     def forward_patches(self, patches: Tensor, position: Tensor) -> Tensor:
         """Log-probabilities (B, C) of patches (B, M, ch·p·p) at grid positions (B, M), or (1, M) for all."""
-        return self.combine(torch.stack([class_logits(m, patches, position) for m in self.members]))
+        return self.combine(self._logits(patches, position))
+
+    def rival_logits(self, rival: VisionTransformer, patches: Tensor, position: Tensor) -> Tensor:
+        """Class logits (B, C) of a model that is no member, at the ensemble's precision."""
+        return self._logits(patches, position, [rival])[0]
+
+    def _logits(
+        self, patches: Tensor, position: Tensor, models: Iterable[VisionTransformer] | None = None
+    ) -> Tensor:
+        with autocast(self.precision):
+            each = [class_logits(m, patches, position).to(patches) for m in models or self.members]
+        return torch.stack(each)
 
     def forward_tokens(self, images: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probabilities of CLS (B, C) and of every patch token (B, N, C): A^0 and A^i."""
-        of_cls, of_tokens = zip(*(forward_tokens(m, images) for m in self.members), strict=True)
-        return self.combine(torch.stack(of_cls), temperature), self.combine(
-            torch.stack(of_tokens), temperature
-        )
+        with autocast(self.precision):
+            each = zip(*(forward_tokens(m, images) for m in self.members), strict=True)
+        of_cls, of_tokens = (torch.stack(logits).to(images) for logits in each)
+        return self.combine(of_cls, temperature), self.combine(of_tokens, temperature)
 
     def importance(self, patches: Tensor, position: Tensor) -> Tensor:
         """CLS attention (B, M) to the patches, averaged over clients with the ensemble's weights."""
-        attention = torch.stack([patch_importance(m, patches, position) for m in self.members])
-        return torch.einsum("kbm,k->bm", attention, self.weights.mean(dim=1))
+        with autocast(self.precision):
+            attention = torch.stack([patch_importance(m, patches, position) for m in self.members])
+        return torch.einsum("kbm,k->bm", attention.to(patches), self.weights.mean(dim=1))
 
     def combine(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
         """Clients' logits (K, ..., C) to the ensemble's log-probabilities (..., C)."""

@@ -10,10 +10,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .attention import run_blocks
 from .ensemble import combine
 from .errors import BadInput
 from .settings import FuseflSettings
-from .vit import embed_patches, kept_patches
+from .vit import embed_patches, kept_patches, read_by_head
 
 # What comes before the blocks belongs to the first stage; what is neither this nor a block, to the last.
 BEFORE_BLOCKS = ("patch_embed.", "cls_token", "dist_token", "reg_token", "pos_embed", "norm_pre.")
@@ -54,20 +55,24 @@ def stage_names(vit: VisionTransformer, count: int, stage: int) -> list[str]:
     return [name for name in vit.state_dict() if belongs(name)]
 
 
-def stage_tokens(vit: VisionTransformer, x: Tensor, stage: int, count: int) -> Tensor:
+def stage_tokens(
+    vit: VisionTransformer, x: Tensor, stage: int, count: int, rows: int | None = None
+) -> Tensor:
     """Tokens (B, P + N, d) at the end of one of `count` stages, normalised after the last.
 
-    x: images (B, ch, H, W) for the first stage, the previous stage's tokens for the others.
+    x: images (B, ch, H, W) for the first stage, the previous stage's tokens for the others. rows: of the
+    last stage only the first so many tokens, (B, rows, d).
     """
     blocks = stage_blocks(len(vit.blocks), count)[stage]
     tokens = x if stage else embed_patches(vit, *kept_patches(vit, x))
-    tokens = vit.blocks[blocks.start : blocks.stop](tokens)
-    return vit.norm(tokens) if stage == count - 1 else tokens
+    last = stage == count - 1
+    tokens = run_blocks(vit.blocks[blocks.start : blocks.stop], tokens, rows if last else None)
+    return vit.norm(tokens) if last else tokens
 
 
 def run_stage(vit: VisionTransformer, x: Tensor, stage: int, count: int) -> Tensor:
     """`stage_tokens`, and after the last stage class logits (B, C): all stages in turn are the ViT."""
-    tokens = stage_tokens(vit, x, stage, count)
+    tokens = stage_tokens(vit, x, stage, count, read_by_head(vit))
     return vit.forward_head(tokens) if stage == count - 1 else tokens
 
 

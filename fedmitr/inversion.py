@@ -24,7 +24,7 @@ from .pixels import Shape, halo, random_move, total_variation, total_variation_g
 from .runtime import device, generator
 from .settings import InversionSettings
 from .store import read_tensors, write_tensors
-from .vit import class_logits, gather_tokens
+from .vit import gather_tokens
 
 COLUMNS = ("pixels", "labels", "mask", "loss")
 FRAMES = 13  # pictures of a batch kept for plotting, from first noise to last iterate
@@ -122,7 +122,8 @@ def invert(
         cross_entropy = F.nll_loss(log_probs, labels, reduction="none")
         loss = settings.ce * cross_entropy
         if rival is not None and competition:
-            loss = loss + competition * (1 - jensen_shannon(log_probs, class_logits(rival, view, place)))
+            of_rival = ensemble.rival_logits(rival, view, place)
+            loss = loss + competition * (1 - jensen_shannon(log_probs, of_rival))
         (of_view,) = torch.autograd.grad(loss.sum(), view)
         log_probs, cross_entropy = log_probs.detach(), cross_entropy.detach()
         loss = loss.detach() + live.penalty()
@@ -181,7 +182,7 @@ def _survivors(ensemble: Ensemble, patches: Tensor, keep: Tensor, ratio: float) 
 
 
 class _Live:
-    """The pixels (B, M·ch·p·p) of the surviving patches, their places in the images, and Adam on them alone."""
+    """The pixels (B, M·ch·p·p) of the surviving patches, where they belong, and Adam on them alone."""
 
     def __init__(self, image: Tensor, keep: Tensor, shape: Shape, settings: InversionSettings) -> None:
         self.image, self.shape, self.settings = image, shape, settings

@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,7 +19,7 @@ from .inversion import SyntheticSet, remaining
 from .runtime import device
 from .scenes import patch_share
 from .tasks import Split
-from .vit import gather_tokens, kept_patches, patch_features
+from .vit import gather_tokens, image_logits, kept_patches, patch_features, read_by_head
 
 
 @torch.inference_mode()
@@ -49,7 +50,8 @@ def surviving_patches(ensemble: Ensemble, images: Tensor, ratios: Sequence[float
     """
     parts = []
     for batch in images.split(256):
-        patches, keep = kept_patches(ensemble.members[0], batch.to(device()), None)
+        patches, keep = kept_patches(ensemble.members[0], batch.to(device()))
+        keep = keep.expand(len(batch), -1)
         mask = torch.zeros(keep.shape, dtype=torch.bool)
         for ratio in ratios:
             rows = ensemble.importance(patches, keep).topk(remaining(keep.shape[1], [ratio]), dim=1).indices
@@ -105,18 +107,27 @@ def label_skew(counts: Tensor) -> Tensor:
 def inference_flops(model: nn.Module, image: Tensor) -> int:
     """Floating-point operations of any model on one image (1, ch, H, W), as torch counts them."""
     at = next((p.device for p in model.parameters()), image.device)
+    forward = partial(image_logits, model) if isinstance(model, VisionTransformer) else model
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(image.to(at))
+        forward(image.to(at))
     return counter.get_total_flops()
 
 
 def forward_flops(vit: VisionTransformer, patches: int) -> int:
-    """Floating-point operations of one image's forward pass on that many patches.
+    """Floating-point operations of one image's forward pass on that many patches, up to the classifier.
 
     Matrix products only, a multiply-add as two: embedding, the blocks' linear layers, and attention,
-    which grows with the square of the tokens.
+    which grows with the square of the tokens. In the last block only what the classifier reads counts.
     """
-    tokens, width = patches + vit.num_prefix_tokens, vit.embed_dim
-    linear = sum(m.weight.numel() for m in vit.blocks.modules() if isinstance(m, nn.Linear))
-    attention = 2 * tokens * tokens * width * len(vit.blocks)
-    return 2 * (patches * vit.patch_embed.proj.weight.numel() + tokens * linear + attention)
+    tokens = patches + vit.num_prefix_tokens
+    rows = [tokens] * (len(vit.blocks) - 1) + [read_by_head(vit) or tokens]
+    blocks = sum(block_multiplications(b, tokens, n) for b, n in zip(vit.blocks, rows, strict=True))
+    return 2 * (patches * vit.patch_embed.proj.weight.numel() + blocks)
+
+
+def block_multiplications(block: Block, tokens: int, rows: int) -> int:
+    """Of one block, for its first `rows` tokens: keys and values need all, the rest these rows alone."""
+    qkv = block.attn.qkv.weight.numel()
+    linear = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
+    attention = 2 * rows * tokens * block.attn.attn_dim
+    return tokens * 2 * qkv // 3 + rows * (linear - 2 * qkv // 3) + attention

@@ -49,7 +49,7 @@ def random_move(shape: Shape, jitter: float, flip: bool, rng: torch.Generator) -
 
 
 def windows(keep: Tensor, shift: Shift, flip: bool, shape: Shape) -> tuple[Tensor, Tensor]:
-    """What a view shows at the places of kept patches (B, M): flat pixels (B, M·ch·p·p), and places (B, M)."""
+    """What a view shows at the moved places of kept patches (B, M): flat pixels (B, M·ch·p·p), and places."""
     place = move(keep, shift, flip, shape.grid, shape.patch)
     row, column = _corners(place, shape)
     row = row + torch.arange(shape.patch[0], device=keep.device) - shift[0]
@@ -59,7 +59,7 @@ def windows(keep: Tensor, shift: Shift, flip: bool, shape: Shape) -> tuple[Tenso
 
 
 def halo(keep: Tensor, shape: Shape) -> Tensor:
-    """Flat pixels (B, M, ch, p + 2, p + 2) of patches (B, M) and around them; outside the image, its border."""
+    """Flat pixels (B, M, ch, p + 2, p + 2) of patches (B, M) and around them; border pixels repeat."""
     row, column = _corners(keep, shape)
     row = row + torch.arange(-1, shape.patch[0] + 1, device=keep.device)
     column = column + torch.arange(-1, shape.patch[1] + 1, device=keep.device)

@@ -20,6 +20,20 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def native_bf16() -> bool:
+    """Whether this machine multiplies bfloat16 matrices in hardware, faster than float32 ones."""
+    if device().type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def autocast(precision: str) -> torch.autocast:
+    """Matrix products in bfloat16 where `precision` is "bf16", or "auto" on a machine made for it."""
+    wanted = precision == "bf16" or (precision == "auto" and native_bf16())
+    return torch.autocast(device().type, torch.bfloat16, enabled=wanted)
+
+
 def derive_seed(seed: int, *names: object) -> int:
     """A seed of its own for each named use, so that no two stages share a random stream."""
     text = ":".join(map(str, (seed, *names)))
@@ -72,4 +86,5 @@ def describe() -> dict[str, object]:
         "system": platform.platform(),
         "device": f"{at} ({name})",
         "threads": torch.get_num_threads(),
+        "bf16": native_bf16(),
     }

@@ -34,6 +34,7 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 OpenShare = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 def setting(default: Any, meaning: str, source: str = "ours", **limits: Any) -> Any:
@@ -43,6 +44,11 @@ def setting(default: Any, meaning: str, source: str = "ours", **limits: Any) -> 
 
 class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+def precision_of(what: str) -> Any:
+    """A stage's setting for the precision of its matrix products."""
+    return setting("fp32", f"matrix products of {what}; auto: bf16 where the hardware multiplies it")
 
 
 class TaskSettings(Block):
@@ -105,6 +111,7 @@ class ClientSettings(Block):
     fedprox: NotNegative = setting(
         0.0, "weight μ of (μ/2)‖w − w_shared‖² in the local loss; 0 is plain training", "Li et al. 2020"
     )
+    precision: Precision = precision_of("local training")
 
 
 class EnsembleSettings(Block):
@@ -115,6 +122,7 @@ class EnsembleSettings(Block):
         "mean of probabilities or logits, weighted by n_k, or by class counts c_k",
         "choice; FedFTG: class",
     )
+    precision: Precision = precision_of("the teacher, in inversion and for labels")
 
 
 class InversionSettings(Block):
@@ -185,6 +193,7 @@ class DistillSettings(Block):
         8, "random views drawn of each image, labelled by the teacher once; 0: new ones every step", ge=0
     )
     augment: Share = setting(0.7, "strength of random scale, rotation and shift of pixels and mask")
+    precision: Precision = precision_of("the student's training")
 
 
 class FadiSettings(Block):

@@ -23,16 +23,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import BadInput
-from .runtime import device
+from .runtime import device, native_bf16
 
 SECONDS = "seconds.json"
-FORMAT = 2  # raised when a stage computes something else under the same settings
+FORMAT = 3  # raised when a stage computes something else under the same settings
 Artefact = TypeVar("Artefact")
 
 
 def fingerprint(*parts: Any) -> str:
     """A short stable hash of JSON-able parts, library versions, device, threads and artefact format."""
-    machine = [device().type, torch.get_num_threads()]  # another number of threads rounds differently
+    # another number of threads rounds differently; precision=auto is what the machine has
+    machine = [device().type, torch.get_num_threads(), native_bf16()]
     made_with = [FORMAT, *machine, *(m.__version__ for m in (numpy, sklearn, timm, torch))]
     text = json.dumps([made_with, *parts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -17,7 +17,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
-from .attention import look, run_block
+from .attention import look, run_blocks
 from .errors import BadInput
 from .paths import shipped
 from .settings import ModelSettings
@@ -173,12 +173,17 @@ def normalisation(vit: VisionTransformer) -> tuple[Tensor, Tensor]:
 
 def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
     """Images (B, ch, H, W) cut into patches (B, N, ch·p·p), row-major."""
-    return F.unfold(images, kernel_size=patch, stride=patch).transpose(1, 2)
+    batch, channels, height, width = images.shape
+    rows, columns = height // patch[0], width // patch[1]
+    cut = images.reshape(batch, channels, rows, patch[0], columns, patch[1])
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
 
 
 def unpatchify(patches: Tensor, patch: tuple[int, int], image_size: tuple[int, int]) -> Tensor:
     """The inverse of `patchify`: (B, N, ch·p·p) back to images (B, ch, H, W)."""
-    return F.fold(patches.transpose(1, 2), image_size, kernel_size=patch, stride=patch)
+    rows, columns = image_size[0] // patch[0], image_size[1] // patch[1]
+    cut = patches.reshape(len(patches), rows, columns, -1, *patch)
+    return cut.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), -1, *image_size)
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
@@ -187,7 +192,7 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 def embed_patches(vit: VisionTransformer, patches: Tensor, position: Tensor) -> Tensor:
-    """Patches (B, M, ch·p·p) at grid positions (B, M) -> the blocks' input (B, P + M, d).
+    """Patches (B, M, ch·p·p) at grid positions (B, M), or (1, M) for all -> the blocks' input (B, P + M, d).
 
     P prefix tokens (CLS first) come before the patches, as in timm.
     """
@@ -206,24 +211,29 @@ def embed_patches(vit: VisionTransformer, patches: Tensor, position: Tensor) -> 
     return vit.norm_pre(vit.pos_drop(tokens))
 
 
-def patch_features(vit: VisionTransformer, patches: Tensor, position: Tensor) -> Tensor:
-    """Normalised output tokens (B, P + M, d) of patches (B, M, ch·p·p) at positions (B, M)."""
-    return vit.norm(vit.blocks(embed_patches(vit, patches, position)))
+def patch_features(
+    vit: VisionTransformer, patches: Tensor, position: Tensor, rows: int | None = None
+) -> Tensor:
+    """Normalised output tokens (B, P + M, d) of patches (B, M, ch·p·p) at positions (B, M) or (1, M).
+
+    rows: only the first so many tokens, (B, rows, d); the last block then computes no others.
+    """
+    return vit.norm(run_blocks(vit.blocks, embed_patches(vit, patches, position), rows))
 
 
 def class_logits(vit: VisionTransformer, patches: Tensor, position: Tensor) -> Tensor:
-    """Class logits z^0 (B, C) of patches (B, M, ch·p·p) at positions (B, M) or, for all images, (1, M).
+    """Class logits z^0 (B, C) of patches (B, M, ch·p·p) at positions (B, M), or (1, M) for all images."""
+    return vit.forward_head(patch_features(vit, patches, position, read_by_head(vit)))
 
-    Equal to `forward_head` of `patch_features`, without what the head does not read: in the last block
-    only the prefix tokens look at the others and go on through the MLP (a model that pools its patch
-    tokens still needs all).
-    """
-    tokens = embed_patches(vit, patches, position)
-    for block in vit.blocks[:-1]:
-        tokens = run_block(block, tokens)
-    reads_prefix = vit.attn_pool is None and vit.global_pool == "token"
-    rows = vit.num_prefix_tokens if reads_prefix else tokens.shape[1]
-    return vit.forward_head(vit.norm(run_block(vit.blocks[-1], tokens, rows)))
+
+def image_logits(vit: VisionTransformer, images: Tensor) -> Tensor:
+    """Class logits z^0 (B, C) of whole images (B, ch, H, W): timm's forward, with less work."""
+    return class_logits(vit, *kept_patches(vit, images))
+
+
+def read_by_head(vit: VisionTransformer) -> int | None:
+    """How many tokens the class logits depend on: the prefix, or all (None) where the head pools patches."""
+    return vit.num_prefix_tokens if vit.attn_pool is None and vit.global_pool == "token" else None
 
 
 def forward_tokens(
@@ -243,10 +253,10 @@ def token_logits(vit: VisionTransformer, features: Tensor) -> Tensor:
 
 
 def kept_patches(vit: VisionTransformer, images: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The kept patches (B, M, ch·p·p) of images and their positions (B, M)."""
+    """The kept patches (B, M, ch·p·p) of images and their positions (B, M); without `keep` (1, N), all."""
     patches = patchify(images, vit.patch_embed.patch_size)
     if keep is None:
-        return patches, torch.arange(patches.shape[1], device=images.device).expand(len(images), -1)
+        return patches, torch.arange(patches.shape[1], device=images.device)[None]
     return gather_tokens(patches, keep), keep
 
 
@@ -261,9 +271,7 @@ def cls_attention(vit: VisionTransformer, images: Tensor, keep: Tensor | None = 
 
 def patch_importance(vit: VisionTransformer, patches: Tensor, position: Tensor) -> Tensor:
     """`cls_attention` for patches (B, M, ch·p·p) at grid positions (B, M)."""
-    tokens = embed_patches(vit, patches, position)
-    for block in vit.blocks[:-1]:
-        tokens = run_block(block, tokens)
+    tokens = run_blocks(vit.blocks[:-1], embed_patches(vit, patches, position))
     last = vit.blocks[-1]
     weights, _ = look(last.attn, last.norm1(tokens), rows=1)
     return weights[:, :, 0, vit.num_prefix_tokens :].mean(dim=1)

@@ -107,7 +107,9 @@ def test_pixels_of_left_out_patches_do_not_matter(micro, images):
 
 def test_blocks_see_only_kept_tokens_and_the_full_embedding_is_never_run(micro, images):
     lengths, embeddings = [], []
-    hooks = [b.register_forward_hook(lambda m, a, out: lengths.append(a[0].shape[1])) for b in micro.blocks]
+    hooks = [
+        b.norm1.register_forward_hook(lambda m, a, out: lengths.append(a[0].shape[1])) for b in micro.blocks
+    ]
     hooks.append(micro.patch_embed.proj.register_forward_hook(lambda *a: embeddings.append(a)))
     forward_tokens(micro, images, random_keep(3, 36, 9))
     for hook in hooks:

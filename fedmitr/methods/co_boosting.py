@@ -57,7 +57,7 @@ def _rounds(uploads: Sequence[Upload], settings: Settings) -> Outcome:
         for index, (labels, share) in enumerate(shares):
             labels = labels.to(device())
             with timed(seconds, "generation"):
-                loss = partial(generator_loss, teacher, student.frozen, own)
+                loss = partial(generator_loss, teacher, student.logits, own)
                 made = learned_batch(student.vit, labels, loss, own, rng, bar.update)
                 student.add(made, labels)
                 rate = own.weight_step * own.weight_decay**index

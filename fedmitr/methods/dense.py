@@ -48,7 +48,7 @@ def _rounds(uploads: Sequence[Upload], settings: Settings) -> Outcome:
         for labels, share in shares:
             labels = labels.to(device())
             with timed(seconds, "generation"):
-                loss = partial(generator_loss, student.ensemble, student.frozen, own)
+                loss = partial(generator_loss, student.ensemble, student.logits, own)
                 made = learned_batch(student.vit, labels, loss, own, rng, bar.update)
             with timed(seconds, "distillation"):
                 student.add(made, labels)

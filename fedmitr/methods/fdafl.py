@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ensemble import Ensemble
-from ..runtime import generator, progress, timed
+from ..runtime import autocast, generator, progress, timed
 from ..settings import FdaflSettings, Settings
 from ..store import Store
 from ..upload import Upload
-from ..vit import kept_patches, patch_features
+from ..vit import kept_patches, patch_features, read_by_head
 from .generator import Generator, make_adam, noise, take_step
 from .outcome import Outcome
 from .rounds import Student, budget, portions, stored
@@ -64,11 +64,14 @@ def _rounds(uploads: Sequence[Upload], settings: Settings) -> Outcome:
 
 def excite(ensemble: Ensemble, images: Tensor) -> tuple[Tensor, Tensor]:
     """The ensemble's log-probabilities (B, C), and every client's features before the head (K, B, d)."""
-    features = [
-        m.forward_head(patch_features(m, *kept_patches(m, images)), pre_logits=True) for m in ensemble.members
-    ]
-    logits = [m.head(f) for m, f in zip(ensemble.members, features, strict=True)]
-    return ensemble.combine(torch.stack(logits)), torch.stack(features)
+    seen = kept_patches(ensemble.members[0], images)
+    with autocast(ensemble.precision):
+        features = [
+            m.forward_head(patch_features(m, *seen, read_by_head(m)), pre_logits=True)
+            for m in ensemble.members
+        ]
+        logits = [m.head(f) for m, f in zip(ensemble.members, features, strict=True)]
+    return ensemble.combine(torch.stack(logits).to(images)), torch.stack(features).to(images)
 
 
 def generator_loss(log_probs: Tensor, features: Tensor, settings: FdaflSettings) -> Tensor:

@@ -53,11 +53,11 @@ def _rounds(uploads: Sequence[Upload], settings: Settings) -> Outcome:
     with progress(rounds * own.generator_steps + steps, "FedFTG", "step") as bar:
         for count, share in zip(portions(images, rounds), portions(steps, rounds), strict=True):
             with timed(seconds, "generation"):
-                rival = student.frozen
                 for _ in range(own.generator_steps):
                     z, labels = noise(own.batch_size, own, rng), sample_labels(totals, own.batch_size, rng)
                     made = maker(z, labels)
-                    loss = generator_loss(student.ensemble.logits(made), rival(made), labels, known, own)
+                    of_clients, of_student = student.ensemble.logits(made), student.logits(made)
+                    loss = generator_loss(of_clients, of_student, labels, known, own)
                     loss = loss + own.diversity * likeness(z, made)
                     take_step(optimizer, loss, maker)
                     bar.update(1)

@@ -17,7 +17,7 @@ from ..runtime import device, generator
 from ..settings import GeneratorSettings, RelabelSettings, Settings
 from ..store import Store, fingerprint, read_tensors, write_json, write_tensors
 from ..upload import Upload, average_weights
-from ..vit import create_vit, weights_digest
+from ..vit import create_vit, kept_patches, weights_digest
 from .outcome import Outcome
 
 NO_TOKENS = RelabelSettings(mode="none")
@@ -71,6 +71,10 @@ class Student:
     def frozen(self) -> VisionTransformer:
         """The student as a fixed opponent: evaluation mode, no gradients for its weights."""
         return self.vit.eval().requires_grad_(False)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """The frozen student's class logits (B, C) of images (B, ch, H, W), at the ensemble's precision."""
+        return self.ensemble.rival_logits(self.frozen, *kept_patches(self.vit, images))
 
     @property
     def images(self) -> SyntheticSet:

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .errors import BadInput
-from .runtime import autocast
+from .runtime import autocast, compiled
 from .settings import EnsembleSettings
 from .upload import Upload, check_same_shape
 from .vit import class_logits, forward_tokens, kept_patches, patch_importance
@@ -29,6 +29,7 @@ class Ensemble(nn.Module):
         check_same_shape(uploads)
         settings = settings or EnsembleSettings()
         self.mode, self.precision = settings.mode, settings.precision
+        self.class_logits = compiled(class_logits) if settings.compile else class_logits
         self.members = nn.ModuleList(u.vit() for u in uploads)
         self.register_buffer("weights", client_weights(uploads, self.mode))
         self.num_classes = uploads[0].shape.num_classes
@@ -53,7 +54,7 @@ class Ensemble(nn.Module):
         self, patches: Tensor, position: Tensor, models: Iterable[VisionTransformer] | None = None
     ) -> Tensor:
         with autocast(self.precision):
-            each = [class_logits(m, patches, position).to(patches) for m in models or self.members]
+            each = [self.class_logits(m, patches, position).to(patches) for m in models or self.members]
         return torch.stack(each)
 
     def forward_tokens(self, images: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .ensemble import Ensemble
 from .errors import BadInput
+from .optim import rate_factor
 from .pixels import Shape, halo, random_move, total_variation, total_variation_gradient, windows
 from .runtime import device, generator
 from .settings import InversionSettings
@@ -129,7 +130,8 @@ def invert(
         loss = loss.detach() + live.penalty()
         if settings.keep_best and step >= max(settings.stop_at, default=0):
             best.update(loss, cross_entropy, live.pixels)
-        live.step(torch.zeros_like(image).scatter_(1, index, of_view.flatten(1)))
+        lr = settings.lr * rate_factor(settings.schedule, settings.iterations, step)
+        live.step(torch.zeros_like(image).scatter_(1, index, of_view.flatten(1)), lr)
         log["loss"].append(loss.mean())
         log["cross_entropy"].append(cross_entropy.mean())
         log["confidence"].append(log_probs.gather(1, labels[:, None]).exp().mean())
@@ -225,8 +227,8 @@ class _Live:
             value = value + self.settings.l2 * self.pixels.square().sum(dim=1)
         return value
 
-    def step(self, of_image: Tensor) -> None:
-        """One step of Adam, given the gradient (B, ch·H·W) of the loss without its penalty."""
+    def step(self, of_image: Tensor, lr: float) -> None:
+        """One step of Adam at this rate, given the gradient (B, ch·H·W) of the loss without its penalty."""
         gradient = of_image.gather(1, self.home)
         if self.settings.tv:
             around = self.image.gather(1, self.around.flatten(1)).view(self.around.shape)
@@ -234,6 +236,7 @@ class _Live:
         if self.settings.l2:
             gradient.add_(self.pixels, alpha=2 * self.settings.l2)
         self.pixels.grad = gradient
+        self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
         self.image.scatter_(1, self.home, self.pixels)
 

@@ -1,6 +1,7 @@
 """Optimiser and learning-rate schedule, shared by everything that trains."""
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
@@ -24,18 +25,19 @@ def make_optimizer(
 def make_schedule(
     optimizer: torch.optim.Optimizer, name: str, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Learning rate over `steps` steps, as a factor of the peak.
+    """Learning rate over `steps` steps, as `rate_factor` says."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_factor, name, steps))
+
+
+def rate_factor(name: str, steps: int, step: int) -> float:
+    """The learning rate at one of `steps` steps, as a share of the peak.
 
     `one_cycle` rises linearly for a tenth of the steps and falls as a cosine to zero; `cosine` falls
     from the start; `constant` stays.
     """
+    if name == "constant":
+        return 1.0
     rise = max(1, round(0.1 * steps)) if name == "one_cycle" else 0
-
-    def factor(step: int) -> float:
-        if name == "constant":
-            return 1.0
-        if step < rise:
-            return (step + 1) / rise
-        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))

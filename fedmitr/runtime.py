@@ -5,14 +5,17 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from tqdm.auto import tqdm
 
 PACKAGES = ("fedmitr", "torch", "torchvision", "timm", "numpy", "scikit-learn", "pydantic", "safetensors")
 OPTIONAL = ("dask", "ray", "flwr")
+Made = TypeVar("Made")
 
 
 def device() -> torch.device:
@@ -32,6 +35,25 @@ def autocast(precision: str) -> torch.autocast:
     """Matrix products in bfloat16 where `precision` is "bf16", or "auto" on a machine made for it."""
     wanted = precision == "bf16" or (precision == "auto" and native_bf16())
     return torch.autocast(device().type, torch.bfloat16, enabled=wanted)
+
+
+def compiled(function: Callable[..., Made]) -> Callable[..., Made]:
+    """The function through torch.compile; where that fails, the function itself, with a warning."""
+    fast = torch.compile(function, dynamic=False)
+    failed = False
+
+    def run(*args: object) -> Made:
+        nonlocal failed
+        if not failed:
+            try:
+                return fast(*args)
+            except Exception as error:  # no compiler, no backend for this machine, an unsupported operation
+                failed = True
+                reason = str(error).strip().splitlines()[0][:120]
+                warnings.warn(f"torch.compile failed, going on without it: {reason}", stacklevel=2)
+        return function(*args)
+
+    return run
 
 
 def derive_seed(seed: int, *names: object) -> int:

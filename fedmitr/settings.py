@@ -123,6 +123,7 @@ class EnsembleSettings(Block):
         "choice; FedFTG: class",
     )
     precision: Precision = precision_of("the teacher, in inversion and for labels")
+    compile: bool = setting(False, "run the teacher through torch.compile; where that fails, without")
 
 
 class InversionSettings(Block):
@@ -130,11 +131,14 @@ class InversionSettings(Block):
 
     images: Count = setting(400, "synthetic images in all")
     batch_size: Count = setting(100, "images inverted together", "SMI")
-    iterations: Count = setting(80, "steps of the optimiser", "SMI: 4000")
-    lr: Positive = setting(0.25, "Adam's learning rate", "SMI")
+    iterations: Count = setting(60, "steps of the optimiser", "SMI: 4000")
+    lr: Positive = setting(0.4, "Adam's learning rate", "SMI: 0.25")
     betas: tuple[Beta, Beta] = setting((0.5, 0.99), "Adam's betas", "SMI")
+    schedule: Literal["constant", "cosine", "one_cycle"] = setting(
+        "cosine", "learning rate over the iterations", "SMI: constant"
+    )
     stop_at: tuple[int, ...] = setting(
-        (10, 20, 30, 40), "iterations after which patches stop", "SMI: 50,100,200,300"
+        (5, 10, 15, 20), "iterations after which patches stop", "SMI: 50,100,200,300"
     )
     stop_ratio: tuple[OpenShare, ...] = setting((0.3, 0.3, 0.3, 0.3), "share of the remaining patches", "SMI")
     ce: NotNegative = setting(1.0, "weight of the cross-entropy to the target", "SMI")
@@ -201,7 +205,7 @@ class FadiSettings(Block):
 
     rounds: Count = setting(2, "times that inversion and distillation alternate", "choice")
     iterations: Count = setting(
-        30, "steps of the optimiser; about as many patch-steps as FedMITR's sparse ones", "ADI: 2000"
+        30, "steps of the optimiser; no fewer patch-steps than FedMITR's sparse ones", "ADI: 2000"
     )
     competition: NotNegative = setting(
         1.0, "weight of 1 − JS(teacher, student) in the inversion loss", "choice"

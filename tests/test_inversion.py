@@ -46,7 +46,9 @@ def teacher(uploads):
 def settings(**options):
     """Eight iterations with two stops; views as they are, cross-entropy alone."""
     base = dict(iterations=8, stop_at=(2, 5), stop_ratio=(0.3, 0.3), lr=0.1, betas=(0.5, 0.99))
-    base |= dict(ce=1.0, tv=0.0, l2=0.0, jitter=0.0, flip=False, background="keep", keep_best=True)
+    base |= dict(
+        schedule="constant", ce=1.0, tv=0.0, l2=0.0, jitter=0.0, flip=False, background="keep", keep_best=True
+    )
     return InversionSettings(**(base | options))
 
 
@@ -255,13 +257,15 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
 @pytest.mark.parametrize("ce, tv, l2", [(1.0, 0.0, 0.0), (0.5, 1e-3, 1e-2)])
-def test_dense_inversion_is_torchs_adam_on_the_pixels(uploads, double, ce, tv, l2):
+def test_dense_inversion_is_torchs_adam_on_the_pixels(uploads, double, ce, tv, l2, schedule):
     teacher = fm.Ensemble(uploads[:2], EnsembleSettings(mode="mean_probs")).double()
-    options = dict(stop_at=(), stop_ratio=(), keep_best=False, ce=ce, tv=tv, l2=l2)
+    options = dict(stop_at=(), stop_ratio=(), keep_best=False, ce=ce, tv=tv, l2=l2, schedule=schedule)
     made = run(teacher, lr=0.25, betas=(0.5, 0.99), **options)
     x = made.history["frames"][0].clone().requires_grad_(True)
     adam = torch.optim.Adam([x], lr=0.25, betas=(0.5, 0.99))
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=8)
     for _ in range(8):
         probs = sum(m(x).softmax(-1) for m in teacher.members) / 2
         loss = ce * -probs[torch.arange(4), LABELS].log().sum() + l2 * x.pow(2).sum()
@@ -269,6 +273,8 @@ def test_dense_inversion_is_torchs_adam_on_the_pixels(uploads, double, ce, tv, l
         adam.zero_grad()
         loss.backward()
         adam.step()
+        if schedule == "cosine":
+            falling.step()
     torch.testing.assert_close(made.pixels, x.detach(), rtol=1e-6, atol=1e-6)
 
 
@@ -367,6 +373,70 @@ def test_progress_counts_iterations(teacher):
     steps = []
     invert(teacher, LABELS, settings(), 0, progress=steps.append)
     assert steps == [1] * 8
+
+
+# Precision and compilation.
+
+
+@pytest.mark.parametrize("mode", ["mean_probs", "class"])
+def test_bf16_inversion_follows_fp32(uploads, mode):
+    """A few small steps in bfloat16 move the pixels nearly as in float32, but not to the same bits."""
+    made = [
+        run(
+            fm.Ensemble(uploads[:2], EnsembleSettings(mode=mode, precision=p)),
+            lr=0.01,
+            stop_at=(),
+            stop_ratio=(),
+        )
+        for p in ("fp32", "bf16")
+    ]
+    start = made[0].history["frames"][0]
+    assert torch.equal(start, made[1].history["frames"][0])
+    moved = [m.history["frames"][-1] - start for m in made]
+    agree = F.cosine_similarity(*(m.flatten(1) for m in moved))
+    assert (agree > 0.95).all() and not torch.equal(*moved)
+    assert made[1].pixels.dtype == torch.float32 and made[1].loss.dtype == torch.float32
+
+
+def test_auto_is_what_the_machine_has(uploads, monkeypatch):
+    made = {}
+    for native in (True, False):
+        monkeypatch.setattr("fedmitr.runtime.native_bf16", lambda native=native: native)
+        made[native] = run(fm.Ensemble(uploads[:2], EnsembleSettings(precision="auto")))
+    for native, name in ((True, "bf16"), (False, "fp32")):
+        assert same(made[native], run(fm.Ensemble(uploads[:2], EnsembleSettings(precision=name))))
+    assert not same(made[True], made[False])
+
+
+def test_a_compiled_teacher_is_used_and_gives_the_same_images(uploads, monkeypatch, teacher):
+    calls = []
+
+    def compile(function, dynamic):
+        return lambda *args: calls.append(len(args)) or function(*args)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    compiled = fm.Ensemble(uploads[:2], EnsembleSettings(mode="mean_probs", compile=True))
+    assert same(run(compiled), run(teacher)) and len(calls) == 2 * 8
+
+
+def test_where_compilation_fails_inversion_goes_on_and_says_so_once(uploads, monkeypatch, teacher):
+    def broken(*args):
+        raise RuntimeError("no compiler here\nand a long trace")
+
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: broken)
+    compiled = fm.Ensemble(uploads[:2], EnsembleSettings(mode="mean_probs", compile=True))
+    with pytest.warns(UserWarning, match="going on without it: no compiler here$") as warned:
+        made = run(compiled)
+    assert len(warned) == 1 and same(made, run(teacher))
+
+
+def test_published_settings_stay_the_published_ones():
+    found = fm.Settings.load("paper")
+    inversion = found.inversion
+    assert (inversion.iterations, inversion.lr, inversion.betas) == (4000, 0.25, (0.5, 0.99))
+    assert inversion.schedule == "constant" and inversion.stop_at == (50, 100, 200, 300)
+    assert {found.ensemble.precision, found.distill.precision, found.client.precision} == {"fp32"}
+    assert not found.ensemble.compile
 
 
 # A rival: images on which ensemble and student differ.

@@ -131,7 +131,7 @@ class InversionSettings(Block):
 
     images: Count = setting(400, "synthetic images in all")
     batch_size: Count = setting(100, "images inverted together", "SMI")
-    iterations: Count = setting(60, "steps of the optimiser", "SMI: 4000")
+    iterations: Count = setting(50, "steps of the optimiser", "SMI: 4000")
     lr: Positive = setting(0.4, "Adam's learning rate", "SMI: 0.25")
     betas: tuple[Beta, Beta] = setting((0.5, 0.99), "Adam's betas", "SMI")
     schedule: Literal["constant", "cosine", "one_cycle"] = setting(

@@ -13,7 +13,7 @@ import fedmitr
 
 PACKAGE = Path(fedmitr.__file__).parent
 FORBIDDEN = {"tasks", "partition", "client"}
-SERVER = ["upload", "ensemble", "inversion", "relabel", "distill", "fuse"]
+SERVER = ["upload", "ensemble", "attention", "pixels", "inversion", "relabel", "distill", "fuse"]
 SERVER += sorted(f"methods.{p.stem}" for p in (PACKAGE / "methods").glob("*.py") if p.stem != "__init__")
 SERVER += ["methods.__init__"]
 

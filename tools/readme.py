@@ -14,6 +14,7 @@ import pandas as pd
 
 from fedmitr.compare import seconds_file, summarise
 from fedmitr.paths import default_store, home
+from fedmitr.runtime import native_bf16
 
 RESULTS = home() / "results" / "comparison.csv"
 START, END = "<!-- results: ", "<!-- /results -->"
@@ -41,7 +42,8 @@ def times(store: Path, executed: Path) -> str:
     together = clients + of_all["server_seconds"].sum()
     books = [nbformat.read(p, as_version=4) for p in sorted(executed.glob("*.ipynb"))]
     total = sum(b.metadata["papermill"]["duration"] for b in books)
-    machine = f"{os.cpu_count()} cores ({platform.machine()}, {platform.system()}), no GPU"
+    products = "bfloat16" if native_bf16() else "float32"
+    machine = f"{os.cpu_count()} cores ({platform.machine()}, {platform.system()}), no GPU, {products} products"
     return (
         f"Measured on {machine}, in seconds of one process with one thread. One run: {stages}. All runs of "
         f"this table: {together / 60:.0f} minutes of processing, spread over one process per core. "

@@ -1,4 +1,4 @@
-"""The command line: `fedmitr info | settings | run | compare | reproduce`.
+"""The command line: `fedmitr info | settings | run | compare | reproduce | bench`.
 
 Progress goes to stderr. Bad input is one line on stderr and exit status 2, before any work.
 """
@@ -210,6 +210,35 @@ def info(as_json) -> None:
 def list_settings(as_json) -> None:
     """Every setting: default, what is allowed, meaning and source."""
     click.echo("\n".join(map(json.dumps, fields())) if as_json else settings_page())
+
+
+@main.group()
+def bench() -> None:
+    """How fast this machine is at it."""
+
+
+@bench.command("inversion")
+@click.option("--model", default="vit_micro", show_default=True, metavar="M", help="As model.name.")
+@click.option("--image-size", type=click.IntRange(1), metavar="S", help="Pixels; default the model's.")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, metavar="B")
+@click.option("--clients", type=click.IntRange(1), default=1, show_default=True, metavar="K")
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "auto"]), default="fp32", show_default=True)
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads; default torch's number.")
+@click.option(
+    "--iterations", type=click.IntRange(1), default=10, show_default=True, help="Measured ones of each run."
+)
+@click.option("--against", type=click.Choice(["plain"]), help="Also time benchmarks/plain_loop.py.")
+@click.option("--json", "as_json", is_flag=True, help="Last line of stdout: the result as one JSON object.")
+def bench_inversion(as_json, **options) -> None:
+    """Seconds, GFLOP/s and memory of sparse and dense inversion, teachers of random weights."""
+    from .bench import bench_inversion as measure
+
+    report = measure(**options)
+    if as_json:
+        click.echo(report.model_dump_json())
+        return
+    for name, value in report.rows().items():
+        click.echo(f"{name:>34}: {value}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ def times(store: Path, executed: Path) -> str:
     books = [nbformat.read(p, as_version=4) for p in sorted(executed.glob("*.ipynb"))]
     total = sum(b.metadata["papermill"]["duration"] for b in books)
     products = "bfloat16" if native_bf16() else "float32"
-    machine = f"{os.cpu_count()} cores ({platform.machine()}, {platform.system()}), no GPU, {products} products"
+    machine = (
+        f"{os.cpu_count()} cores ({platform.machine()}, {platform.system()}), no GPU, {products} products"
+    )
     return (
         f"Measured on {machine}, in seconds of one process with one thread. One run: {stages}. All runs of "
         f"this table: {together / 60:.0f} minutes of processing, spread over one process per core. "

@@ -1,0 +1,254 @@
+"""Other ways to run what `fedmitr` runs, measured against each other on this machine, in alternation.
+
+    python benchmarks/variants.py steps       a gradient step: timm's blocks, fused attention, ours, bf16;
+                                              five teachers one after another, and stacked
+    python benchmarks/variants.py batches     inversion of a batch in one piece, and in chunks
+    python benchmarks/variants.py processes   two processes of one thread, and one process of two
+    python benchmarks/variants.py             all three
+
+Models have random weights. Every table is of medians, the first row the yardstick.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import click
+import joblib
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+
+from fedmitr import BadInput, Ensemble, attention, invert
+from fedmitr.bench import CLASSES, random_uploads, torch_threads
+from fedmitr.pixels import Shape
+from fedmitr.runtime import autocast, device, generator
+from fedmitr.settings import EnsembleSettings, InversionSettings
+from fedmitr.vit import class_logits, embed_patches
+
+CHUNKS = (5, 10, 20, 50)
+Run = Callable[[], object]
+
+
+def alternate(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of every run, all of them once a round; the first round only warms up."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if device().type == "cuda":
+                torch.cuda.synchronize()
+            taken[name].append(1e3 * (time.perf_counter() - start))
+    return {name: values[1:] for name, values in taken.items()}
+
+
+def show(title: str, taken: dict[str, list[float]]) -> None:
+    """A table: median, and how many times faster than the first row (median over rounds)."""
+    first = next(iter(taken.values()))
+    click.echo(title)
+    for name, values in taken.items():
+        faster = statistics.median(a / b for a, b in zip(first, values, strict=True))
+        click.echo(f"  {name:<44}{statistics.median(values):>10.2f} ms  × {faster:.2f}")
+
+
+@contextmanager
+def short(tokens: int) -> Iterator[None]:
+    """Our attention for at most so many tokens; with 0 torch's fused kernel always."""
+    before, attention.SHORT = attention.SHORT, tokens
+    try:
+        yield
+    finally:
+        attention.SHORT = before
+
+
+# A gradient step.
+
+
+def of_patches(logits: Callable[[Tensor], Tensor], patches: Tensor) -> Tensor:
+    """Gradient of the class log-probabilities' first column with respect to patches (B, M, ch·p·p)."""
+    patches = patches.detach().requires_grad_()
+    loss = logits(patches).float().log_softmax(dim=-1)[..., 0].sum()
+    return torch.autograd.grad(loss, patches)[0]
+
+
+def timms(vit: nn.Module, patches: Tensor, position: Tensor) -> Tensor:
+    """Logits by timm's own blocks and head, whole: every row of every block."""
+    return vit.forward_head(vit.norm(vit.blocks(embed_patches(vit, patches, position))))
+
+
+class OnPatches(nn.Module):
+    """`class_logits` as a module's forward, as functional_call wants it."""
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, patches: Tensor, place: Tensor) -> Tensor:
+        return class_logits(self.vit, patches, place)
+
+
+def stacked(vits: list[nn.Module], place: Tensor) -> Callable[[Tensor], Tensor]:
+    """Logits (K, B, C) of teachers of one shape, each product of all of them at once."""
+    models = [OnPatches(copy.deepcopy(vit)) for vit in vits]
+    for block in models[0].vit.blocks:
+        block.attn.fused_attn = False  # timm's plain products: vmap runs the fused kernel in a Python loop
+    parameters, buffers = stack_module_state(models)
+    parameters = {k: v.detach() for k, v in parameters.items()}
+    one = vmap(lambda p, b, x: functional_call(models[0], (p, b), (x, place)), in_dims=(0, 0, None))
+    return lambda patches: one(parameters, buffers, patches)
+
+
+def in_turn(vits: list[nn.Module], place: Tensor) -> Callable[[Tensor], Tensor]:
+    """The same, one teacher after another, as `Ensemble` does."""
+    return lambda patches: torch.stack([class_logits(vit, patches, place) for vit in vits])
+
+
+def step(logits: Callable[[Tensor], Tensor], patches: Tensor, tokens: int, precision: str = "fp32") -> Tensor:
+    """One gradient step, our attention up to so many tokens."""
+    with short(tokens), autocast(precision):
+        return of_patches(logits, patches)
+
+
+def step_variants(vits: list[nn.Module], patches: Tensor, place: Tensor) -> tuple[dict[str, Run], ...]:
+    """What `steps` measures: ways to run one teacher, and ways to run them all."""
+    ours, timm = (partial(logits, vits[0], position=place) for logits in (class_logits, timms))
+    take = partial(partial, step, patches=patches)
+    one = {
+        "timm's blocks whole, fp32": take(timm, tokens=0),
+        "ours, torch's fused attention, fp32": take(ours, tokens=0),
+        "ours, fp32": take(ours, tokens=attention.SHORT),
+        "timm's blocks whole, bf16": take(timm, tokens=0, precision="bf16"),
+        "ours, bf16": take(ours, tokens=attention.SHORT, precision="bf16"),
+    }
+    turn, together = in_turn(vits, place), stacked(vits, place)
+    several = {
+        "one after another": take(turn, tokens=attention.SHORT),
+        "one after another, torch's fused attention": take(turn, tokens=0),
+        # the hand-written gradient of our attention does not vmap
+        "stacked (vmap), timm's plain attention": take(together, tokens=0),
+    }
+    return one, several
+
+
+# Whole inversions.
+
+
+def teacher(model: str, image_size: int | None) -> Ensemble:
+    uploads = random_uploads(model, image_size, 1)
+    return Ensemble(uploads, EnsembleSettings(mode="mean_logits")).to(device())
+
+
+def invert_in_chunks(ensemble: Ensemble, labels: Tensor, settings: InversionSettings, chunk: int) -> None:
+    for seed, part in enumerate(labels.split(chunk)):
+        invert(ensemble, part, settings, seed, recorded=0)
+
+
+def short_settings(iterations: int) -> InversionSettings:
+    """The published stops, as shares of the iterations as in the defaults."""
+    usual = InversionSettings()
+    stops = tuple(max(k + 1, s * iterations // usual.iterations) for k, s in enumerate(usual.stop_at))
+    return InversionSettings(iterations=iterations, stop_at=stops, stop_ratio=usual.stop_ratio)
+
+
+def some_labels(count: int) -> Tensor:
+    return (torch.arange(count) % CLASSES).to(device())
+
+
+def work(model: str, image_size: int | None, batches: int, batch: int, iterations: int, threads: int) -> None:
+    """Inversion of so many batches by one process with so many threads."""
+    with torch_threads(threads):
+        ensemble = teacher(model, image_size)
+        invert_in_chunks(ensemble, some_labels(batches * batch), short_settings(iterations), batch)
+
+
+# The command line.
+
+
+def shared(command):
+    options = [
+        click.option("--model", default="vit_micro", show_default=True),
+        click.option("--image-size", type=click.IntRange(1), help="Pixels; default the model's."),
+        click.option("--rounds", type=click.IntRange(1), default=10, show_default=True),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+threads_option = click.option("--threads", type=click.IntRange(1), help="Default torch's own number.")
+iterations_option = click.option("--iterations", type=click.IntRange(5), default=16, show_default=True)
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def main(context) -> None:
+    """Variants of inversion and of its gradient step, measured in alternation."""
+    if context.invoked_subcommand is None:
+        for command in (steps, batches, processes):
+            context.invoke(command)
+
+
+@main.command()
+@shared
+@threads_option
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--patches", type=click.IntRange(1), help="Patches an image keeps; default all.")
+@click.option("--clients", type=click.IntRange(1), default=5, show_default=True, help="Stacked teachers.")
+def steps(model, image_size, rounds, threads, batch, patches, clients) -> None:
+    """A gradient step of one teacher on random patches, and of several."""
+    vits = [u.vit().to(device()) for u in random_uploads(model, image_size, clients)]
+    shape = Shape.of(vits[0])
+    kept = min(patches or shape.patches, shape.patches)
+    width = shape.channels * shape.patch[0] * shape.patch[1]
+    view = torch.randn(batch, kept, width, generator=generator(0, "variants")).to(device())
+    place = torch.arange(kept, device=device())[None]
+    with torch_threads(threads):
+        title = (
+            f"{model}, {kept} of {shape.patches} patches, batch {batch}, {torch.get_num_threads()} threads"
+        )
+        one, several = step_variants(vits, view, place)
+        show(f"one teacher: {title}", alternate(one, rounds))
+        show(f"{clients} teachers: {title}", alternate(several, rounds))
+
+
+@main.command()
+@shared
+@threads_option
+@iterations_option
+@click.option("--batch", type=click.IntRange(1), default=100, show_default=True)
+def batches(model, image_size, rounds, threads, iterations, batch) -> None:
+    """Sparse inversion of a batch in one piece, and in chunks."""
+    ensemble, labels, settings = teacher(model, image_size), some_labels(batch), short_settings(iterations)
+    pieces = [batch, *(c for c in CHUNKS if c < batch)]
+    runs = {f"chunks of {c}": partial(invert_in_chunks, ensemble, labels, settings, c) for c in pieces}
+    with torch_threads(threads):
+        title = f"{model}, {batch} images, {iterations} iterations, {torch.get_num_threads()} threads"
+        show(title, alternate(runs, rounds))
+
+
+@main.command()
+@shared
+@iterations_option
+@click.option("--batch", type=click.IntRange(1), default=50, show_default=True)
+@click.option("--each", type=click.IntRange(1), default=2, show_default=True, help="Batches of each process.")
+def processes(model, image_size, rounds, iterations, batch, each) -> None:
+    """Inversions in two processes of one thread each, and as many in one process of two threads."""
+    one = partial(work, model, image_size, 2 * each, batch, iterations, 2)
+    half = partial(work, model, image_size, each, batch, iterations, 1)
+    with joblib.Parallel(n_jobs=2) as pool:  # its processes start in the round that warms up
+        runs = {
+            "one process of two threads": one,
+            "two processes of one thread": lambda: pool(joblib.delayed(half)() for _ in range(2)),
+        }
+        show(f"{model}, {2 * each} batches of {batch}, {iterations} iterations", alternate(runs, rounds))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BadInput as error:
+        raise SystemExit(f"variants: {error}") from None

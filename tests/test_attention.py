@@ -86,8 +86,8 @@ def agree(vit, tokens, rows=None):
 @pytest.mark.parametrize("rows", [None, 1, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_output_and_gradients_are_those_of_timms_blocks(name, rows):
-    for name, gradient in agree(model(name), random_tokens(model(name), 2, 9), rows).items():
-        assert gradient.abs().max() > 1e-6 or name.endswith("k_norm.bias"), name  # shifts all scores alike
+    for which, gradient in agree(model(name), random_tokens(model(name), 2, 9), rows).items():
+        assert gradient.abs().max() > 1e-6 or which.endswith("k_norm.bias"), which  # shifts all scores alike
 
 
 @given(

@@ -1,7 +1,7 @@
 """How fast inversion runs here: seconds, FLOP/s, and how near a sparse iteration comes to what it saves.
 
-Random teachers and `invert` itself, no copy of its loop. Dense and sparse runs alternate, so that a
-machine that slows down slows both.
+Random teachers and `invert` itself, no copy of its loop. Dense runs, sparse ones and the matrix products
+that show the machine's peak alternate, so that a machine that slows down slows all of them.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from types import ModuleType
 from typing import Any
 
@@ -156,8 +156,7 @@ class _Bench:
         shape = Shape.of(self.ensemble.members[0])
         patches = {"dense": shape.patches, "sparse": remaining(shape.patches, RATIOS)}
         flops = {kind: self.batch * image_flops(self.ensemble, left) for kind, left in patches.items()}
-        seconds, memory = self._measure()
-        peak = peak_gflops(self.ensemble.precision)
+        seconds, peak, memory = self._measure()
         speed = {kind: self._speed(_median(seconds["ours", kind]), flops[kind], peak) for kind in patches}
         ratio = speed["dense"].seconds_per_iteration / speed["sparse"].seconds_per_iteration
         flop_ratio = flops["dense"] / flops["sparse"]
@@ -186,21 +185,23 @@ class _Bench:
             **against,
         )
 
-    def _measure(self) -> tuple[dict[tuple[str, str], list[list[float]]], float | None]:
-        """Seconds of each iteration, one list a run, by whose run and its kind; and the memory in MB."""
+    def _measure(self) -> tuple[dict[tuple[str, str], list[list[float]]], float, float | None]:
+        """Seconds of each iteration, a list a run, by whose run and its kind; peak GFLOP/s; memory in MB."""
         loops = {"ours": self._ours} | ({"plain": self._plain} if self.plain else {})
         kinds = {"dense": (), "sparse": STOPS}
-        plan = [(who, kind) for kind in kinds for who in loops] * ROUNDS
         taken: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
-        memory = None
+        peaks, memory = [], None
         if device().type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with progress(sum(self._length(kinds[k]) for _, k in plan), "inversion", "iteration") as bar:
-            for who, kind in plan:
-                loop = partial(loops[who], kinds[kind])
-                taken[who, kind].append(stopwatch(loop, self._skip(kinds[kind]), bar.update))
-                memory = memory or peak_memory_mb()  # after a dense run of ours, before any other
-        return taken, memory
+        total = ROUNDS * len(loops) * sum(map(self._length, kinds.values()))
+        with progress(total, "inversion", "iteration") as bar:
+            for _ in range(ROUNDS):
+                for (kind, stops), who in product(kinds.items(), loops):
+                    loop = partial(loops[who], stops)
+                    taken[who, kind].append(stopwatch(loop, self._skip(stops), bar.update))
+                    memory = memory or peak_memory_mb()  # after a dense run of ours, before any other
+                peaks += peak_gflops(self.ensemble.precision)
+        return taken, statistics.median(peaks), memory
 
     def _skip(self, stops: Sequence[int]) -> int:
         """Iterations of a run before those that are measured."""
@@ -296,20 +297,20 @@ def image_flops(ensemble: Ensemble, patches: int) -> int:
     return counter.get_total_flops()
 
 
-def peak_gflops(precision: str) -> float:
-    """GFLOP/s of the product of two square matrices: the median of a few."""
+def peak_gflops(precision: str) -> list[float]:
+    """GFLOP/s of the product of two square matrices, a few times."""
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
-    one, other, product = (torch.randn(SIDE, SIDE).to(device(), kind) for _ in range(3))
+    rng = generator(0, "bench", "peak")
+    one, other, made = (torch.randn(SIDE, SIDE, generator=rng).to(device(), kind) for _ in range(3))
     each = 20 if device().type == "cuda" else 1  # enough work that waiting for its end costs little
 
     def loop(tick: Callable[[int], object]) -> None:
-        for step in range(8):
+        for step in range(4):
             for _ in range(each):
-                torch.mm(one, other, out=product)
+                torch.mm(one, other, out=made)
             tick(step)
 
-    seconds = statistics.median(stopwatch(loop, 2, lambda _: None))
-    return 2 * SIDE**3 * each / seconds / 1e9
+    return [2 * SIDE**3 * each / seconds / 1e9 for seconds in stopwatch(loop, 1, lambda _: None)]
 
 
 def peak_memory_mb() -> float | None:

@@ -128,7 +128,7 @@ def calls(monkeypatch):
             progress(1)
 
     monkeypatch.setattr(bench, "invert", record)
-    monkeypatch.setattr(bench, "peak_gflops", lambda _: 1.0)
+    monkeypatch.setattr(bench, "peak_gflops", lambda _: [1.0])
     return made
 
 

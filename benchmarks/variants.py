@@ -2,9 +2,11 @@
 
     python benchmarks/variants.py steps       a gradient step: timm's blocks, fused attention, ours, bf16;
                                               five teachers one after another, and stacked
+    python benchmarks/variants.py student     a training step: timm's forward, ours, bf16
+    python benchmarks/variants.py compiling   a gradient step as it is, and through torch.compile
     python benchmarks/variants.py batches     inversion of a batch in one piece, and in chunks
     python benchmarks/variants.py processes   two processes of one thread, and one process of two
-    python benchmarks/variants.py             all three
+    python benchmarks/variants.py             all five
 
 Models have random weights. Every table is of medians, the first row the yardstick.
 """
@@ -19,15 +21,17 @@ from functools import partial
 import click
 import joblib
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
+from torch.nn.utils import clip_grad_norm_
 
 from fedmitr import BadInput, Ensemble, attention, invert
 from fedmitr.bench import CLASSES, random_uploads, torch_threads
 from fedmitr.pixels import Shape
-from fedmitr.runtime import autocast, device, generator
+from fedmitr.runtime import autocast, compiled, device, generator
 from fedmitr.settings import EnsembleSettings, InversionSettings
-from fedmitr.vit import class_logits, embed_patches
+from fedmitr.vit import class_logits, create_vit, embed_patches, image_logits
 
 CHUNKS = (5, 10, 20, 50)
 Run = Callable[[], object]
@@ -73,6 +77,15 @@ def of_patches(logits: Callable[[Tensor], Tensor], patches: Tensor) -> Tensor:
     patches = patches.detach().requires_grad_()
     loss = logits(patches).float().log_softmax(dim=-1)[..., 0].sum()
     return torch.autograd.grad(loss, patches)[0]
+
+
+def random_patches(vit: nn.Module, batch: int, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """Noise on the first `count` patches (default all) of a batch: (B, M, ch·p·p), and places (1, M)."""
+    shape = Shape.of(vit)
+    kept = min(count or shape.patches, shape.patches)
+    width = shape.channels * shape.patch[0] * shape.patch[1]
+    patches = torch.randn(batch, kept, width, generator=generator(0, "variants")).to(device())
+    return patches, torch.arange(kept, device=device())[None]
 
 
 def timms(vit: nn.Module, patches: Tensor, position: Tensor) -> Tensor:
@@ -188,7 +201,7 @@ iterations_option = click.option("--iterations", type=click.IntRange(5), default
 def main(context) -> None:
     """Variants of inversion and of its gradient step, measured in alternation."""
     if context.invoked_subcommand is None:
-        for command in (steps, batches, processes):
+        for command in (steps, student, compiling, batches, processes):
             context.invoke(command)
 
 
@@ -201,18 +214,69 @@ def main(context) -> None:
 def steps(model, image_size, rounds, threads, batch, patches, clients) -> None:
     """A gradient step of one teacher on random patches, and of several."""
     vits = [u.vit().to(device()) for u in random_uploads(model, image_size, clients)]
-    shape = Shape.of(vits[0])
-    kept = min(patches or shape.patches, shape.patches)
-    width = shape.channels * shape.patch[0] * shape.patch[1]
-    view = torch.randn(batch, kept, width, generator=generator(0, "variants")).to(device())
-    place = torch.arange(kept, device=device())[None]
+    view, place = random_patches(vits[0], batch, patches)
     with torch_threads(threads):
-        title = (
-            f"{model}, {kept} of {shape.patches} patches, batch {batch}, {torch.get_num_threads()} threads"
-        )
+        title = f"{model}, {view.shape[1]} patches, batch {batch}, {torch.get_num_threads()} threads"
         one, several = step_variants(vits, view, place)
         show(f"one teacher: {title}", alternate(one, rounds))
         show(f"{clients} teachers: {title}", alternate(several, rounds))
+
+
+@main.command()
+@shared
+@threads_option
+@click.option("--batch", type=click.IntRange(1), default=64, show_default=True)
+def student(model, image_size, rounds, threads, batch) -> None:
+    """A training step of one model on whole images: forward, gradient, clipping, AdamW."""
+    vit = create_vit(model, CLASSES, image_size=image_size).to(device())
+    images = torch.randn((batch, *Shape.of(vit).image), generator=generator(0, "variants")).to(device())
+
+    optimizer = torch.optim.AdamW(vit.parameters(), lr=1e-4, fused=True)
+
+    def train(logits: Callable[[Tensor], Tensor], precision: str) -> None:
+        with autocast(precision):
+            of_cls = logits(images)
+        optimizer.zero_grad()
+        F.cross_entropy(of_cls.float(), some_labels(batch)).backward()
+        clip_grad_norm_(vit.parameters(), 1.0)
+        optimizer.step()
+
+    with torch_threads(threads):
+        ours = partial(image_logits, vit)
+        runs = {
+            "timm's forward, fp32": partial(train, vit, "fp32"),
+            "ours, fp32": partial(train, ours, "fp32"),
+            "timm's forward, bf16": partial(train, vit, "bf16"),
+            "ours, bf16": partial(train, ours, "bf16"),
+        }
+        show(
+            f"training step: {model}, batch {batch}, {torch.get_num_threads()} threads",
+            alternate(runs, rounds),
+        )
+
+
+@main.command()
+@shared
+@threads_option
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
+def compiling(model, image_size, rounds, threads, batch) -> None:
+    """A gradient step of one teacher on all patches; compiling it is the round that warms up."""
+    (upload,) = random_uploads(model, image_size, 1)
+    vit = upload.vit().to(device())
+    patches, place = random_patches(vit, batch)
+    with torch_threads(threads):
+        start = time.perf_counter()
+        fast = partial(compiled(class_logits), vit, position=place)
+        of_patches(fast, patches)
+        click.echo(f"compiling took {time.perf_counter() - start:.0f} s")
+        runs = {
+            "as it is": partial(of_patches, partial(class_logits, vit, position=place), patches),
+            "through torch.compile": partial(of_patches, fast, patches),
+        }
+        show(
+            f"gradient step: {model}, batch {batch}, {torch.get_num_threads()} threads",
+            alternate(runs, rounds),
+        )
 
 
 @main.command()

@@ -4,6 +4,8 @@ python benchmarks/where.py --model deit_tiny_patch16_224 --batch 8          the 
 PYTHONPATH=../before python benchmarks/where.py ...                         another checkout
 """
 
+import re
+
 import click
 import pandas as pd
 import torch
@@ -13,24 +15,21 @@ import fedmitr as fm
 from fedmitr.settings import EnsembleSettings, InversionSettings
 from fedmitr.upload import ModelShape, Upload
 
-KINDS = {
-    "linear layers": ("addmm", "mm", "linear"),
-    "attention": ("bmm", "baddbmm", "_softmax", "_softmax_backward_data", "scaled_dot_product", "_Products"),
-    "GELU": ("gelu", "gelu_backward"),
-    "norms": ("native_layer_norm", "native_layer_norm_backward"),
-    "copies": ("copy_", "cat", "clone", "fill_", "zero_"),
-    "images": ("im2col", "col2im", "gather", "scatter", "scatter_", "scatter_add_", "roll", "index"),
-    "Adam": ("_fused_adam_", "lerp_", "addcmul_", "addcdiv_", "sqrt_"),
+KINDS = {  # the first whose pattern is the operation's whole name
+    "linear layers": "addmm|mm|linear",
+    "attention": "bmm|baddbmm|_softmax|_softmax_backward_data|.*scaled_dot_product.*|_Products.*",
+    "GELU": "gelu|gelu_backward",
+    "norms": "native_layer_norm|native_layer_norm_backward",
+    "copies": "copy_|cat|clone|fill_|zero_",
+    "images": "im2col|col2im|gather|scatter_?|scatter_add_|roll|index",
+    "Adam": "_fused_adam_|lerp_|addcmul_|addcdiv_|sqrt_",
 }
 
 
 def kind(operation: str) -> str:
     """The kind that an operation of torch's profiler belongs to."""
     name = operation.removeprefix("aten::")
-    for title, members in KINDS.items():
-        if any(name == m or ("product" in m.lower() and m in name) for m in members):
-            return title
-    return "everything else"
+    return next((k for k, pattern in KINDS.items() if re.fullmatch(pattern, name)), "everything else")
 
 
 @click.command()

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from .settings import ClientSettings, FuseflSettings
 from .store import Store, fingerprint, read_tensors, write_tensors
 from .tasks import Split
 from .upload import ModelShape, Upload
-from .vit import forward_tokens, image_logits, read_by_head, token_logits
+from .vit import kept_patches, patch_features, read_by_head, token_logits
 
 
 def train_client(
@@ -76,19 +77,33 @@ def train_client(
 
 
 def local_loss(vit: VisionTransformer, images: Tensor, labels: Tensor, settings: ClientSettings) -> Tensor:
-    """CE(z^0, y) + token_weight · (1/N) Σ_i CE(z^i, y), with label smoothing."""
-    smooth = settings.label_smoothing
+    """The local loss of images (B, ch, H, W): `loss_of_tokens` of the model's own tokens."""
+    seen = kept_patches(vit, images)
+    return loss_of_tokens(vit, lambda rows: patch_features(vit, *seen, rows), labels, settings)
+
+
+def loss_of_tokens(
+    vit: VisionTransformer,
+    tokens: Callable[[int | None], Tensor],
+    labels: Tensor,
+    settings: ClientSettings,
+) -> Tensor:
+    """CE(z^0, y) + token_weight · (1/N) Σ_i CE(z^i, y), with label smoothing.
+
+    tokens(rows) gives the normalised output tokens (B, P + N, d), or the first `rows` of them, which is
+    all that the loss reads without token labels.
+    """
+    smooth, weight = settings.label_smoothing, settings.token_weight
     with autocast(settings.precision):
-        if not settings.token_weight:
-            of_cls = image_logits(vit, images)
-        else:
-            of_cls, of_tokens = forward_tokens(vit, images)
-    loss = F.cross_entropy(of_cls.to(images), labels, label_smoothing=smooth)
-    if not settings.token_weight:
+        features = tokens(None if weight else read_by_head(vit))
+        of_cls = vit.forward_head(features)
+        of_tokens = token_logits(vit, features) if weight else None
+    loss = F.cross_entropy(of_cls.to(vit.pos_embed), labels, label_smoothing=smooth)
+    if not weight:
         return loss
     each = labels[:, None].expand(-1, of_tokens.shape[1]).flatten()
-    of_tokens = of_tokens.to(images).flatten(0, 1)
-    return loss + settings.token_weight * F.cross_entropy(of_tokens, each, label_smoothing=smooth)
+    of_tokens = of_tokens.to(vit.pos_embed).flatten(0, 1)
+    return loss + weight * F.cross_entropy(of_tokens, each, label_smoothing=smooth)
 
 
 def fedprox(vit: VisionTransformer, initial: VisionTransformer, settings: ClientSettings) -> Tensor | float:
@@ -215,7 +230,8 @@ class FusionClient:
                 batch = images[pick.to(at)]
                 if settings.augment:
                     batch = warp(batch, random_maps(len(pick), settings.augment, rng))
-                loss = self._loss(own, adaptor, front, batch, labels[pick.to(at)], stage)
+                tokens = partial(self._features, own, adaptor, front, batch, stage)
+                loss = loss_of_tokens(own, tokens, labels[pick.to(at)], settings)
                 loss = loss + fedprox(own, self._initial, settings)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -267,39 +283,17 @@ class FusionClient:
         front: Fused | None,
         images: Tensor,
         stage: int,
+        rows: int | None,
     ) -> Tensor:
-        """Normalised output tokens that the loss reads: the fused stages, then this client's own."""
+        """Normalised output tokens, or their first rows: the fused stages, then this client's own."""
         x = images
         if front:
             with torch.no_grad():
                 each = front.outputs(images, stage - 1)  # (K, B, P + N, d)
             x = fuse_tokens(each, adaptor)
-        rows = None if self._settings.token_weight else read_by_head(own)
         for later in range(stage, self._fusion.stages):
             x = stage_tokens(own, x, later, self._fusion.stages, rows)
         return x
-
-    def _loss(
-        self,
-        own: VisionTransformer,
-        adaptor: nn.Linear | None,
-        front: Fused | None,
-        images: Tensor,
-        labels: Tensor,
-        stage: int,
-    ) -> Tensor:
-        """`local_loss`, of the fused stages and then this client's own."""
-        smooth, weight = self._settings.label_smoothing, self._settings.token_weight
-        with autocast(self._settings.precision):
-            features = self._features(own, adaptor, front, images, stage)
-            of_cls = own.forward_head(features)
-            of_tokens = token_logits(own, features) if weight else None
-        loss = F.cross_entropy(of_cls.to(images), labels, label_smoothing=smooth)
-        if not weight:
-            return loss
-        each = labels[:, None].expand(-1, of_tokens.shape[1]).flatten()
-        of_tokens = of_tokens.to(images).flatten(0, 1)
-        return loss + weight * F.cross_entropy(of_tokens, each, label_smoothing=smooth)
 
 
 def _members(received: dict[str, Tensor]) -> int:

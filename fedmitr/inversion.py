@@ -117,7 +117,7 @@ def invert(
             keep = survivors
             live.keep(rows, keep)
         index, place = windows(keep, *random_move(shape, settings.jitter, settings.flip, rng), shape)
-        index = index.expand(batch, -1)
+        index = index.expand(batch, -1)  # one row while all images keep the same patches
         view = image.gather(1, index).view(batch, keep.shape[1], -1).requires_grad_()
         log_probs = ensemble.forward_patches(view, place)
         cross_entropy = F.nll_loss(log_probs, labels, reduction="none")
@@ -149,11 +149,11 @@ def invert(
         raise BadInput(
             f"inversion.lr={settings.lr}: the pixels diverged to NaN or Inf; allowed is a lower rate"
         )
+    steps, pictures, masks = zip(*frames, strict=True)
     history = {name: torch.stack(values).cpu() for name, values in log.items()}
-    history["kept"] = torch.tensor(kept)
-    history["frame_at"] = torch.tensor([at for at, _, _ in frames])
-    history["frames"] = torch.stack([picture for _, picture, _ in frames]).unflatten(2, shape.image).cpu()
-    history["frame_masks"] = torch.stack([mask for _, _, mask in frames]).cpu()
+    history |= {"kept": torch.tensor(kept), "frame_at": torch.tensor(steps)}
+    history["frames"] = torch.stack(pictures).unflatten(2, shape.image).cpu()
+    history["frame_masks"] = torch.stack(masks).cpu()
     return SyntheticSet(image.view(batch, *shape.image), labels, _mask(keep, shape, batch), final, history)
 
 

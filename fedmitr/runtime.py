@@ -42,16 +42,16 @@ def compiled(function: Callable[..., Made]) -> Callable[..., Made]:
     fast = torch.compile(function, dynamic=False)
     failed = False
 
-    def run(*args: object) -> Made:
+    def run(*args: object, **named: object) -> Made:
         nonlocal failed
         if not failed:
             try:
-                return fast(*args)
+                return fast(*args, **named)
             except Exception as error:  # no compiler, no backend for this machine, an unsupported operation
                 failed = True
-                reason = str(error).strip().splitlines()[0][:120]
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
                 warnings.warn(f"torch.compile failed, going on without it: {reason}", stacklevel=2)
-        return function(*args)
+        return function(*args, **named)
 
     return run
 

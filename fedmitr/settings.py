@@ -134,7 +134,7 @@ class InversionSettings(Block):
     iterations: Count = setting(50, "steps of the optimiser", "SMI: 4000")
     lr: Positive = setting(0.4, "Adam's learning rate", "SMI: 0.25")
     betas: tuple[Beta, Beta] = setting((0.5, 0.99), "Adam's betas", "SMI")
-    schedule: Literal["constant", "cosine", "one_cycle"] = setting(
+    schedule: Literal["constant", "cosine"] = setting(
         "cosine", "learning rate over the iterations", "SMI: constant"
     )
     stop_at: tuple[int, ...] = setting(

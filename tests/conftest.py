@@ -96,3 +96,17 @@ def one_line(capsys):
             assert word in text, text
 
     return check
+
+
+@pytest.fixture
+def forbid(monkeypatch):
+    """forbid(module, *names): whoever calls one of these, fails."""
+
+    def fail(*_, **__):
+        raise AssertionError("worked")
+
+    def put(module, *names):
+        for name in names:
+            monkeypatch.setattr(module, name, fail)
+
+    return put

@@ -143,15 +143,10 @@ def test_another_seed_trains_other_clients(first, store, tmp_path):
 
 
 @pytest.fixture
-def no_work(monkeypatch):
+def no_work(forbid):
     """Every stage fails if it is run."""
-
-    def fail(*_, **__):
-        raise AssertionError("worked again")
-
-    monkeypatch.setattr(experiment, "train_client", fail)
-    monkeypatch.setattr(pipeline, "invert", fail)
-    monkeypatch.setattr(pipeline, "distill", fail)
+    forbid(experiment, "train_client")
+    forbid(pipeline, "invert", "distill")
 
 
 def test_a_second_run_from_the_same_store_repeats_no_stage(first, store, no_work):
@@ -168,14 +163,9 @@ def test_other_methods_share_the_clients(first, store, no_work):
     assert result["accuracy"] == pytest.approx(sum(result["local_accuracies"]) / 2)
 
 
-def test_other_distillation_settings_reuse_clients_and_images(first, store, monkeypatch, no_work):
-    monkeypatch.undo()
-
-    def fail(*_, **__):
-        raise AssertionError("worked again")
-
-    monkeypatch.setattr(experiment, "train_client", fail)
-    monkeypatch.setattr(pipeline, "invert", fail)
+def test_other_distillation_settings_reuse_clients_and_images(first, store, forbid):
+    forbid(experiment, "train_client")
+    forbid(pipeline, "invert")
     words = ["run", "--method", "fedmitr", "--seed", 3, "--json", *TINY, "--set", "distill.steps=3"]
     other = answer(*words, "--store", store)
     assert other["run_id"] != first["run_id"]

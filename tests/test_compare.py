@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from fedmitr import experiment
 from fedmitr.compare import summarise
 from fedmitr.errors import BadInput
 from fedmitr.settings import PartitionSettings, Settings
@@ -125,13 +126,10 @@ def test_a_bad_setting_anywhere_stops_before_any_work(notes, tmp_path):
     ],
 )
 def test_what_cannot_work_is_found_before_anything_is_trained(
-    method, change, name, tmp_path, monkeypatch, one_line
+    method, change, name, tmp_path, monkeypatch, forbid, one_line
 ):
-    def fail(*_, **__):
-        raise AssertionError("trained")
-
     monkeypatch.setenv("FEDMITR_JOBS", "1")
-    monkeypatch.setattr("fedmitr.experiment.train_client", fail)
+    forbid(experiment, "train_client")
     settings = [Settings.load("smoke"), Settings.load("smoke", {"seed": 1, **change})]
     with pytest.raises(BadInput) as error:
         module.compare([method], settings, tmp_path)

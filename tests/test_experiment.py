@@ -65,19 +65,15 @@ def results(these):
 
 
 @pytest.fixture
-def no_work(monkeypatch):
+def no_work(forbid):
     """Whatever trains, inverts or distils fails."""
-
-    def fail(*_, **__):
-        raise AssertionError("worked again")
-
-    monkeypatch.setattr(module, "train_client", fail)
-    monkeypatch.setattr(FusionClient, "_train", fail)
+    forbid(module, "train_client")
+    forbid(FusionClient, "_train")
     for method, name in [("fedmitr", "invert"), ("fedmitr", "distill"), ("fadi", "invert")]:
-        monkeypatch.setattr(importlib.import_module(f"fedmitr.methods.{method}"), name, fail)
+        forbid(importlib.import_module(f"fedmitr.methods.{method}"), name)
     for method in ("generator", "fdafl", "fedftg"):
-        monkeypatch.setattr(importlib.import_module(f"fedmitr.methods.{method}"), "take_step", fail)
-    monkeypatch.setattr(importlib.import_module("fedmitr.methods.rounds"), "train_student", fail)
+        forbid(importlib.import_module(f"fedmitr.methods.{method}"), "take_step")
+    forbid(importlib.import_module("fedmitr.methods.rounds"), "train_student")
 
 
 # The account.

@@ -164,7 +164,9 @@ def short_settings(iterations: int) -> InversionSettings:
     """The published stops, as shares of the iterations as in the defaults."""
     usual = InversionSettings()
     stops = tuple(max(k + 1, s * iterations // usual.iterations) for k, s in enumerate(usual.stop_at))
-    return InversionSettings(iterations=iterations, stop_at=stops, stop_ratio=usual.stop_ratio)
+    return InversionSettings(
+        teacher="ensemble", augment=0, iterations=iterations, stop_at=stops, stop_ratio=usual.stop_ratio
+    )
 
 
 def some_labels(count: int) -> Tensor:

@@ -48,8 +48,14 @@ def main(model: str, batch: int, clients: int, threads: int, iterations: int, pr
     ensemble = fm.Ensemble([upload] * clients, EnsembleSettings(mode="mean_logits", **known))
     shares = {}
     for name, stops in {"dense": (), "sparse": (1, 2, 3, 4)}.items():
+        published = {"teacher": "ensemble", "augment": 0}
         settings = InversionSettings(
-            iterations=iterations, stop_at=stops, stop_ratio=(0.3,) * len(stops), flip=True, tv=1e-4
+            iterations=iterations,
+            stop_at=stops,
+            stop_ratio=(0.3,) * len(stops),
+            flip=True,
+            tv=1e-4,
+            **{name: value for name, value in published.items() if name in InversionSettings.model_fields},
         )
         for _ in range(2):  # the first time warms up
             with profile(activities=[ProfilerActivity.CPU]) as seen:

@@ -13,9 +13,11 @@ import sys
 import types
 from pathlib import Path
 
-# Threads that wait by spinning starve each other as soon as another process wants one of the cores.
-# OpenMP reads this when torch loads, so it is set before.
+# Threads that wait by spinning starve each other as soon as another process wants one of the cores; those
+# that sleep at once wake up too late for the short products of a sparse iteration. So they spin for a
+# moment, then sleep. OpenMP reads this when torch loads, so it is set before.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 

@@ -28,10 +28,12 @@ def warp(images: Tensor, maps: Tensor) -> Tensor:
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
-def warp_mask(mask: Tensor, maps: Tensor, grid: tuple[int, int], cell: int = 4) -> Tensor:
-    """Patch masks (B, N) through the same maps: true where at least half of the new patch was true.
+def warp_mask(mask: Tensor, maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Patch masks (B, N) through the same maps: true where at least half of the new patch was true."""
+    return warp_coverage(mask, maps, grid) >= 0.5
 
-    Patches are compared on `cell`×`cell` points each.
-    """
+
+def warp_coverage(mask: Tensor, maps: Tensor, grid: tuple[int, int], cell: int = 4) -> Tensor:
+    """Share of each patch (B, N) that patch masks (B, N) cover after the same maps, on `cell`×`cell` points."""
     fine = mask.view(-1, 1, *grid).float().repeat_interleave(cell, 2).repeat_interleave(cell, 3)
-    return F.avg_pool2d(warp(fine, maps), cell).flatten(1) >= 0.5
+    return F.avg_pool2d(warp(fine, maps), cell).flatten(1)

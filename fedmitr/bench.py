@@ -218,6 +218,8 @@ class _Bench:
             iterations=self._length(stops),
             stop_at=stops,
             stop_ratio=RATIOS[: len(stops)],
+            teacher="ensemble",
+            augment=0.0,
             tv=TV,
             jitter=1 / 8,
             flip=True,

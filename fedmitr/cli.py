@@ -1,4 +1,4 @@
-"""The command line: `fedmitr info | settings | run | compare | reproduce | bench`.
+"""The command line: `fedmitr info | settings | run | compare | sweep | reproduce | bench`.
 
 Progress goes to stderr. Bad input is one line on stderr and exit status 2, before any work.
 """
@@ -76,7 +76,7 @@ jobs_option = click.option(
 
 
 def settings_options(command):
-    """The options that say what is run, shared by `run` and `compare`."""
+    """The options that say what is run, shared by `run`, `compare` and `sweep`."""
     options = [
         click.option("--profile", default="laptop", show_default=True, metavar="P", help=", ".join(PROFILES)),
         click.option("--task", metavar="T", help="task.name"),
@@ -95,12 +95,17 @@ def settings_options(command):
     return command
 
 
-def read_settings(profile: str, assignments: tuple[str, ...], **named: str | None) -> Settings:
-    """Profile, then --set, then the named options; BadInput for what cannot be read."""
-    overrides = dict(map(parse_assignment, assignments))
+def read_overrides(assignments: tuple[str, ...], **named: str | None) -> dict[str, Any]:
+    """Dotted names and values of --set, then of the named options; BadInput for what cannot be read."""
     names = {"task": "task.name", "clients": "partition.clients", "alpha": "partition.alpha", "seed": "seed"}
-    overrides |= {names[n]: v for n, v in named.items() if v is not None}
-    return Settings.load(profile, overrides)
+    return dict(map(parse_assignment, assignments)) | {
+        names[n]: v for n, v in named.items() if v is not None
+    }
+
+
+def read_settings(profile: str, assignments: tuple[str, ...], **named: str | None) -> Settings:
+    """Profile, then what `read_overrides` reads."""
+    return Settings.load(profile, read_overrides(assignments, **named))
 
 
 @main.command(epilog=HINT)
@@ -155,6 +160,38 @@ def compare(methods, seeds, profile, task, clients, alpha, assignments, store, o
     if as_json:
         table = table.astype(object).where(table.notna(), None).reset_index()  # JSON knows no NaN
         click.echo(json.dumps({"summary": table.to_dict("records"), "runs": runs.to_dict("records")}))
+
+
+@main.command(epilog=HINT)
+@click.option("--method", default="fedmitr", show_default=True, metavar="M", help=", ".join(METHODS))
+@click.option("--seeds", default="0-4", show_default=True, help="Such as 0-4 or 1,3,5.")
+@click.option("--grid", multiple=True, metavar="KEY=V1,V2", help="Repeatable: all combinations are run.")
+@click.option(
+    "--cells", type=click.Path(path_type=Path), help="YAML of panel: {cell: {setting: value}}, instead."
+)
+@click.option("--panel", help="Only this panel of --cells.")
+@click.option("--out", type=click.Path(path_type=Path), help="CSV with one row per run.")
+@click.option("--json", "as_json", is_flag=True, help="Last line of stdout: the table as one JSON object.")
+@settings_options
+def sweep(
+    method, seeds, grid, cells, panel, profile, task, clients, alpha, assignments, store, out, as_json
+) -> None:
+    """One method over a grid of settings, several seeds each."""
+    if method not in METHODS:
+        raise BadInput(f"method={method!r} is unknown: allowed are {', '.join(METHODS)}")
+    if bool(grid) == bool(cells):
+        raise BadInput("give either --grid KEY=V1,V2 (repeatable) or --cells FILE")
+    from .sweep import choose, grid_cells, read_cells, summarise_cells
+    from .sweep import sweep as sweep_all
+
+    chosen = grid_cells(grid) if grid else choose(read_cells(cells), panel)
+    overrides = read_overrides(assignments, task=task, clients=clients, alpha=alpha)
+    table = sweep_all(chosen, parse_seeds(seeds), method, profile, overrides, store, out)
+    summary = summarise_cells(table)
+    click.echo(summary.to_string(float_format="{:.3f}".format))
+    if as_json:
+        summary = summary.astype(object).where(summary.notna(), None).reset_index()
+        click.echo(json.dumps({"summary": summary.to_dict("records"), "runs": table.to_dict("records")}))
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -42,12 +42,12 @@ def compare(
     everyone = [Experiment(one, store) for one in settings]
     for experiment in everyone:  # all of them before the first is run
         experiment.check(methods)
-    clients = [(e.settings, k) for e in everyone for k in range(len(e.shards))]
+    clients = {e.upload_key(k): (e.settings, k) for e in everyone for k in range(len(e.shards))}.values()
     grid = [(one, method, METHODS[method]) for one in settings for method in methods]
     rows: dict[int, dict[str, object]] = {}
     where = everyone[0].store.root
     with progress(len(clients) + len(grid), "clients and runs", "part") as bar:
-        for _ in parallel(partial(_train_apart, where), clients):
+        for _ in parallel(partial(_train_apart, where), list(clients)):
             bar.update(1)
         for index, row in parallel(partial(_run_apart, where), grid):
             rows[index] = row

@@ -1,6 +1,6 @@
 """Many uploads seen as one teacher A(x) (method step 2)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .errors import BadInput
-from .runtime import autocast, compiled
+from .runtime import autocast, compiled, generator, uses_bf16
 from .settings import EnsembleSettings
 from .upload import Upload, check_same_shape
 from .vit import class_logits, forward_tokens, kept_patches, patch_importance
@@ -19,7 +19,8 @@ ON_LOGITS = ("mean_logits", "class")  # the other modes combine probabilities
 class Ensemble(nn.Module):
     """K frozen uploaded models and the weights that combine them.
 
-    weights is (K, 1), or (K, C) when each class has its own; columns sum to one. The modes are
+    weights is (K, 1), or (K, C) when each class has its own; columns sum to one. shares (K, C) is each
+    client's share of every class, None where an upload does not say. The modes are
     `mean_probs` and `mean_logits` (1/K each), `size` (n_k / n, on probabilities) and `class`
     (c_k[y] / Σ_j c_j[y], on logits: who has seen a class decides on it; FedFTG, Zhang et al. 2022).
     """
@@ -31,7 +32,12 @@ class Ensemble(nn.Module):
         self.mode, self.precision = settings.mode, settings.precision
         self.class_logits = compiled(class_logits) if settings.compile else class_logits
         self.members = nn.ModuleList(u.vit() for u in uploads)
+        if uses_bf16(self.precision):  # once, instead of at every product: autocast keeps no frozen weights
+            for layer in filter(lambda m: isinstance(m, nn.Linear), self.members.modules()):
+                layer.to(torch.bfloat16)
         self.register_buffer("weights", client_weights(uploads, self.mode))
+        known = all(u.class_counts is not None for u in uploads)
+        self.register_buffer("shares", class_weights(uploads) if known else None)
         self.num_classes = uploads[0].shape.num_classes
 
     def forward(self, images: Tensor, keep: Tensor | None = None, temperature: float = 1.0) -> Tensor:
@@ -73,6 +79,55 @@ class Ensemble(nn.Module):
     def combine(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
         """Clients' logits (K, ..., C) to the ensemble's log-probabilities (..., C)."""
         return combine(logits, self.weights, self.mode, temperature)
+
+
+class Owners:
+    """A batch of images, each seen by one client alone: `owner` (B,), the one that answers for its label.
+
+    Seen from inversion it is a teacher like `Ensemble`, for one forward of one client an image.
+    """
+
+    def __init__(self, ensemble: Ensemble, owner: Tensor) -> None:
+        self.ensemble, self.members, self.owner = ensemble, ensemble.members, owner
+        self.rows = [(owner == k).nonzero()[:, 0] for k in range(len(ensemble.members))]
+        self.back = torch.cat(self.rows).argsort()  # from client after client to the order of the batch
+
+    @classmethod
+    def draw(cls, ensemble: Ensemble, labels: Tensor, seed: int) -> "Owners":
+        """An owner for each label (B,), drawn by the clients' shares of that class.
+
+        Raises BadInput where an upload has no class histogram.
+        """
+        if ensemble.shares is None:
+            raise BadInput(
+                "inversion.teacher='owners' needs every upload's class_counts: allowed without them is 'ensemble'"
+            )
+        shares = ensemble.shares.T.cpu()[labels.cpu()]
+        drawn = torch.multinomial(shares, 1, generator=generator(seed, "owners"))[:, 0]
+        return cls(ensemble, drawn.to(labels.device))
+
+    def forward_patches(self, patches: Tensor, position: Tensor) -> Tensor:
+        """The owners' log-probabilities (B, C) of patches (B, M, ch·p·p) at positions (B, M) or (1, M)."""
+        with autocast(self.ensemble.precision):
+            logits = self._each(self.ensemble.class_logits, patches, position)
+        return logits.to(patches).log_softmax(dim=-1)
+
+    def importance(self, patches: Tensor, position: Tensor) -> Tensor:
+        """The owners' CLS attention (B, M) to the patches."""
+        with autocast(self.ensemble.precision):
+            return self._each(patch_importance, patches, position).to(patches)
+
+    def rival_logits(self, rival: VisionTransformer, patches: Tensor, position: Tensor) -> Tensor:
+        return self.ensemble.rival_logits(rival, patches, position)
+
+    def _each(self, look: Callable[..., Tensor], patches: Tensor, position: Tensor) -> Tensor:
+        """What every member that owns some of the images makes of them, (B, ...) in their order."""
+        seen = [
+            look(member, patches[rows], position[rows] if len(position) > 1 else position)
+            for member, rows in zip(self.members, self.rows, strict=True)
+            if len(rows)
+        ]
+        return torch.cat(seen)[self.back]
 
 
 def combine(logits: Tensor, weights: Tensor, mode: str, temperature: float = 1.0) -> Tensor:

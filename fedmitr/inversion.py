@@ -18,14 +18,15 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from .ensemble import Ensemble
+from .augment import random_maps, warp, warp_coverage
+from .ensemble import Ensemble, Owners
 from .errors import BadInput
 from .optim import rate_factor
 from .pixels import Shape, halo, random_move, total_variation, total_variation_gradient, windows
 from .runtime import device, generator
 from .settings import InversionSettings
 from .store import read_tensors, write_tensors
-from .vit import gather_tokens
+from .vit import gather_tokens, patchify
 
 COLUMNS = ("pixels", "labels", "mask", "loss")
 FRAMES = 13  # pictures of a batch kept for plotting, from first noise to last iterate
@@ -94,6 +95,7 @@ def invert(
     give the same images.
     """
     rng, at, batch = generator(seed, "inversion"), labels.device, len(labels)
+    teacher = Owners.draw(ensemble, labels, seed) if settings.teacher == "owners" else ensemble
     shape = Shape.of(ensemble.members[0])
     image = torch.randn((batch, *shape.image), generator=rng).flatten(1).to(at)  # (B, ch·H·W)
     keep = torch.arange(shape.patches, device=at)[None]  # (1, N) while every image keeps all; then (B, M)
@@ -111,19 +113,17 @@ def invert(
         if step == settings.iterations:
             break
         if step in stops:
-            rows = _survivors(ensemble, live.patches, keep, stops[step])
+            rows = _survivors(teacher, live.patches, keep, stops[step])
             survivors = keep.expand(batch, -1).gather(1, rows)
             _fill(image, keep, survivors, shape, settings.background, rng)
             keep = survivors
             live.keep(rows, keep)
-        index, place = windows(keep, *random_move(shape, settings.jitter, settings.flip, rng), shape)
-        index = index.expand(batch, -1)  # one row while all images keep the same patches
-        view = image.gather(1, index).view(batch, keep.shape[1], -1).requires_grad_()
-        log_probs = ensemble.forward_patches(view, place)
+        view, place, back = _look(image, keep, shape, settings, rng)
+        log_probs = teacher.forward_patches(view, place)
         cross_entropy = F.nll_loss(log_probs, labels, reduction="none")
         loss = settings.ce * cross_entropy
         if rival is not None and competition:
-            of_rival = ensemble.rival_logits(rival, view, place)
+            of_rival = teacher.rival_logits(rival, view, place)
             loss = loss + competition * (1 - jensen_shannon(log_probs, of_rival))
         (of_view,) = torch.autograd.grad(loss.sum(), view)
         log_probs, cross_entropy = log_probs.detach(), cross_entropy.detach()
@@ -131,7 +131,7 @@ def invert(
         if settings.keep_best and step >= max(settings.stop_at, default=0):
             best.update(loss, cross_entropy, live.pixels)
         lr = settings.lr * rate_factor(settings.schedule, settings.iterations, step)
-        live.step(torch.zeros_like(image).scatter_(1, index, of_view.flatten(1)), lr)
+        live.step(back(of_view), lr)
         log["loss"].append(loss.mean())
         log["cross_entropy"].append(cross_entropy.mean())
         log["confidence"].append(log_probs.gather(1, labels[:, None]).exp().mean())
@@ -144,7 +144,7 @@ def invert(
         final = best.cross_entropy
     else:
         with torch.no_grad():
-            final = F.nll_loss(ensemble.forward_patches(live.patches, keep), labels, reduction="none")
+            final = F.nll_loss(teacher.forward_patches(live.patches, keep), labels, reduction="none")
     if not image.isfinite().all():
         raise BadInput(
             f"inversion.lr={settings.lr}: the pixels diverged to NaN or Inf; allowed is a lower rate"
@@ -155,6 +155,38 @@ def invert(
     history["frames"] = torch.stack(pictures).unflatten(2, shape.image).cpu()
     history["frame_masks"] = torch.stack(masks).cpu()
     return SyntheticSet(image.view(batch, *shape.image), labels, _mask(keep, shape, batch), final, history)
+
+
+View = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
+
+
+def _look(image: Tensor, keep: Tensor, shape: Shape, settings: InversionSettings, rng: torch.Generator) -> View:
+    """A random view of flat images (B, ch·H·W) on as many patches as are kept (B, M), or (1, M) for all.
+
+    Returns its patches (B, M, ch·p·p), which want a gradient, their places (B, M) or (1, M), and a function
+    that takes this gradient back to the images.
+    """
+    shift, mirrored = random_move(shape, settings.jitter, settings.flip, rng)
+    if settings.augment:
+        maps = random_maps(len(image), settings.augment, rng)
+        maps[:, :, 0] *= -1 if mirrored else 1
+        return _warped(image, keep, shape, maps)
+    index, place = windows(keep, shift, mirrored, shape)
+    index = index.expand(len(image), -1)  # one row while all images keep the same patches
+    patches = image.gather(1, index).view(len(image), keep.shape[1], -1).requires_grad_()
+    return patches, place, lambda g: torch.zeros_like(image).scatter_(1, index, g.flatten(1))
+
+
+def _warped(image: Tensor, keep: Tensor, shape: Shape, maps: Tensor) -> View:
+    """`_look` through affine maps (B, 2, 3), at the places where most is seen of kept patches."""
+    whole = image.view(len(image), *shape.image).detach().requires_grad_()
+    patches, place = patchify(warp(whole, maps), shape.patch), keep
+    if keep.shape[1] < shape.patches:
+        coverage = warp_coverage(_mask(keep, shape, len(image)), maps, shape.grid)
+        place = coverage.topk(keep.shape[1], dim=1).indices.sort(dim=1).values
+        patches = gather_tokens(patches, place)
+    view = patches.detach().requires_grad_()
+    return view, place, lambda g: torch.autograd.grad(patches, whole, g)[0].flatten(1)
 
 
 def jensen_shannon(teacher: Tensor, student: Tensor, temperature: float = 3.0) -> Tensor:

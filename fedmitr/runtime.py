@@ -31,10 +31,14 @@ def native_bf16() -> bool:
     return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def uses_bf16(precision: str) -> bool:
+    """Whether `precision` means bfloat16 here: "bf16", or "auto" on a machine made for it."""
+    return precision == "bf16" or (precision == "auto" and native_bf16())
+
+
 def autocast(precision: str) -> torch.autocast:
-    """Matrix products in bfloat16 where `precision` is "bf16", or "auto" on a machine made for it."""
-    wanted = precision == "bf16" or (precision == "auto" and native_bf16())
-    return torch.autocast(device().type, torch.bfloat16, enabled=wanted)
+    """Matrix products in bfloat16 where `uses_bf16` says so."""
+    return torch.autocast(device().type, torch.bfloat16, enabled=uses_bf16(precision))
 
 
 def compiled(function: Callable[..., Made]) -> Callable[..., Made]:

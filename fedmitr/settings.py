@@ -129,6 +129,11 @@ class EnsembleSettings(Block):
 class InversionSettings(Block):
     """Sparse model inversion; no stops is dense inversion."""
 
+    teacher: Literal["ensemble", "owners"] = setting(
+        "owners",
+        "who is inverted: the ensemble, or for each image one client, drawn by shares of its class",
+        "choice; paper: ensemble",
+    )
     images: Count = setting(400, "synthetic images in all")
     batch_size: Count = setting(100, "images inverted together", "SMI")
     iterations: Count = setting(50, "steps of the optimiser", "SMI: 4000")
@@ -146,6 +151,9 @@ class InversionSettings(Block):
     l2: NotNegative = setting(0.0, "weight of the squared norm of the pixels", "SMI")
     jitter: Annotated[float, Field(ge=0, lt=0.5)] = setting(
         0.125, "largest shift of a view, of the side", "SMI"
+    )
+    augment: Share = setting(
+        0.7, "strength of random scale, rotation and shift of views, as in distillation", "ours; SMI: none"
     )
     flip: bool = setting(False, "mirror views at random (letters and digits are not symmetric)", "SMI: true")
     background: Literal["keep", "zero", "noise", "mean"] = setting(
@@ -357,13 +365,13 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         value = yaml.safe_load(value)
     except yaml.YAMLError:
         raise BadInput(f"--set {text!r}: the value is not readable as YAML") from None
-    return name.strip(), _number(value)
+    return name.strip(), number(value)
 
 
-def _number(value: Any) -> Any:
+def number(value: Any) -> Any:
     """YAML reads 1e-3 as text; a reader means a number."""
     if isinstance(value, list):
-        return [_number(v) for v in value]
+        return [number(v) for v in value]
     if isinstance(value, str):
         try:
             return float(value)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fedmitr as fm
-from fedmitr.ensemble import class_weights, client_weights, combine, histograms
+from fedmitr.ensemble import Owners, class_weights, client_weights, combine, histograms
 from fedmitr.settings import EnsembleSettings
 from fedmitr.vit import cls_attention, forward_tokens, kept_patches
 
@@ -185,3 +185,55 @@ def test_confident_disagreement_stays_finite(uploads, mode):
     log_probs = make(uploads, mode).combine(logits.requires_grad_(True))
     log_probs.sum().backward()
     assert torch.isfinite(log_probs).all() and torch.isfinite(logits.grad).all()
+
+
+# One client an image.
+
+
+def test_an_owner_answers_for_its_images_alone(ensemble, uploads, images):
+    owner = torch.tensor([2, 0, 2])
+    keep = torch.tensor([[0, 7, 20], [35, 1, 2], [5, 6, 30]])
+    owners = Owners(ensemble, owner)
+    patches, place = kept_patches(ensemble.members[0], images, keep)
+    found = owners.forward_patches(patches, place)
+    looked = owners.importance(patches, place)
+    for i, k in enumerate(owner):
+        vit = uploads[k].vit()
+        wanted = forward_tokens(vit, images[i : i + 1], keep[i : i + 1])[0].log_softmax(dim=-1)
+        close(found[i : i + 1], wanted.detach().numpy())
+        close(looked[i : i + 1], cls_attention(vit, images[i : i + 1], keep[i : i + 1]).detach().numpy())
+    close(
+        owners.forward_patches(*kept_patches(ensemble.members[0], images)),
+        np.stack([uploads[k].vit()(images)[i].log_softmax(-1).numpy() for i, k in enumerate(owner)]),
+    )
+
+
+def test_owners_are_drawn_by_their_shares_of_the_class(ensemble, uploads):
+    counts = np.array([u.class_counts for u in uploads])
+    for label in range(10):
+        drawn = Owners.draw(ensemble, torch.full((2000,), label), seed=1).owner
+        often = torch.bincount(drawn, minlength=3).numpy() / 2000
+        held = counts[:, label].sum()
+        share = counts[:, label] / held if held else np.full(3, 1 / 3)
+        assert np.abs(often - share).max() < 0.05
+        assert (often[share == 0] == 0).all()
+
+
+def test_owners_need_class_histograms(uploads, one_line):
+    without = fm.Ensemble([u.without_counts() for u in uploads], EnsembleSettings(mode="mean_probs"))
+    with pytest.raises(fm.BadInput) as error:
+        Owners.draw(without, torch.zeros(3, dtype=torch.long), seed=0)
+    one_line(error.value, "inversion.teacher", "owners")
+
+
+def test_teachers_in_bfloat16_hold_their_weights_so_and_answer_nearly_alike(uploads, images):
+    half = fm.Ensemble(uploads, EnsembleSettings(mode="class", precision="bf16"))
+    assert {m.weight.dtype for m in half.members.modules() if isinstance(m, torch.nn.Linear)} == {
+        torch.bfloat16
+    }
+    assert all(w.dtype == torch.float32 for u in uploads for w in u.weights.values())
+    full = make(uploads, "class")
+    with torch.autocast("cpu", torch.bfloat16):  # weights rounded at every product instead
+        wanted = torch.stack([m(images).float() for m in full.members])
+    torch.testing.assert_close(half.logits(images), wanted, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(half(images).exp(), full(images).exp(), rtol=0.1, atol=0.05)

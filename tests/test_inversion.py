@@ -10,7 +10,9 @@ from scipy.spatial import distance
 from scipy.special import softmax
 
 import fedmitr as fm
+from fedmitr.augment import random_maps
 from fedmitr.inversion import (
+    _look,
     balanced_labels,
     invert,
     jensen_shannon,
@@ -19,9 +21,10 @@ from fedmitr.inversion import (
     remaining,
     save_synthetic,
 )
+from fedmitr.pixels import Shape, random_move
 from fedmitr.runtime import generator
 from fedmitr.settings import EnsembleSettings, InversionSettings
-from fedmitr.vit import cls_attention, patchify, unpatchify
+from fedmitr.vit import cls_attention, forward_tokens, patchify, unpatchify
 
 LABELS = torch.tensor([3, 0, 9, 3])
 
@@ -37,6 +40,7 @@ def settings(**options):
     base |= dict(
         schedule="constant", ce=1.0, tv=0.0, l2=0.0, jitter=0.0, flip=False, background="keep", keep_best=True
     )
+    base |= dict(teacher="ensemble", augment=0.0)
     return InversionSettings(**(base | options))
 
 
@@ -396,6 +400,69 @@ def test_a_rival_sees_the_live_patches_alone_and_is_left_as_it_is(teacher, micro
     assert lengths == [36, 36, 25, 25, 25, 18, 18, 18]
     assert all(torch.equal(v, before[k]) for k, v in micro.state_dict().items())
     assert all(p.grad is None for p in micro.parameters())
+
+
+# One client an image, and views through affine maps.
+
+
+def test_with_owners_every_image_passes_its_client_alone(uploads):
+    teacher = fm.Ensemble(uploads, EnsembleSettings(mode="mean_probs"))
+    seen = [0, 0, 0]
+
+    def count(k):
+        def hook(module, args, out):
+            seen[k] += len(args[0])
+
+        return hook
+
+    hooks = [m.blocks[0].norm1.register_forward_hook(count(k)) for k, m in enumerate(teacher.members)]
+    labels = torch.tensor([1, 6, 7, 2, 4])  # 7 and 6 are known to client 2 alone, 4 to client 1, 2 to client 0
+    made = invert(teacher, labels, settings(teacher="owners"), 0)
+    for hook in hooks:
+        hook.remove()
+    passes = 8 + 2  # iterations and stops
+    assert sum(seen) == passes * len(labels) and seen[2] >= 2 * passes and min(seen) >= passes
+    assert made.labels.tolist() == labels.tolist()
+    for i, k in {1: 2, 2: 2, 3: 0, 4: 1}.items():
+        keep = torch.nonzero(made.mask[i])[:, 0][None]
+        alone = forward_tokens(teacher.members[k], made.pixels[i : i + 1], keep)[0]
+        assert made.loss[i].item() == pytest.approx(F.cross_entropy(alone, labels[i : i + 1]).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("kept", [36, 12])
+@pytest.mark.parametrize("flip", [False, True])
+def test_an_augmented_view_is_the_warped_image_where_most_of_the_kept_patches_shows(kept, flip, double):
+    rng = torch.Generator().manual_seed(3)
+    shape = Shape(2, (24, 24), (4, 4), (6, 6))
+    image = torch.randn(5, 2 * 24 * 24, generator=rng)
+    keep = torch.arange(36)[None] if kept == 36 else torch.rand(5, 36, generator=rng).argsort(1)[:, :kept]
+    mirrored = set()
+    for seed in range(6):
+        view, place, back = _look(
+            image, keep, shape, settings(augment=0.7, flip=flip, jitter=0.125), generator(seed)
+        )
+        again = generator(seed)
+        _, turned = random_move(shape, 0.125, flip, again)
+        maps = random_maps(5, 0.7, again).to(image)
+        mirrored.add(turned)
+        x = image.clone().requires_grad_()
+        base = F.affine_grid(maps, [5, 2, 24, 24], align_corners=False)
+        if turned:
+            base = base.flip(2)  # what a map shows at the right now stands at the left
+        whole = F.grid_sample(x.view(5, 2, 24, 24), base, padding_mode="reflection", align_corners=False)
+        place = place.expand(5, -1)
+        wanted = patchify(whole, (4, 4)).gather(1, place[:, :, None].expand(-1, -1, 32))
+        torch.testing.assert_close(view, wanted)
+        of_view = torch.randn(view.shape, generator=rng)
+        torch.testing.assert_close(back(of_view), torch.autograd.grad(wanted, x, of_view)[0])
+        mask = torch.zeros(5, 1, 6, 6).view(5, 36).scatter(1, keep.expand(5, -1), 1.0).view(5, 1, 6, 6)
+        shown = F.grid_sample(
+            mask.repeat_interleave(4, 2).repeat_interleave(4, 3), base, padding_mode="reflection",
+            align_corners=False,
+        )  # fmt: skip
+        for row, at in zip(patchify(shown, (4, 4)).mean(-1), place, strict=True):
+            assert row[at].min() >= row.topk(kept).values.min() - 1e-9
+    assert mirrored == ({False, True} if flip else {False})
 
 
 # Batches.

@@ -1,7 +1,8 @@
 # make setup       the environment, in .venv
 # make reproduce   every notebook, figure and table (PROFILE=smoke|laptop|paper)
 # make test        every check
-# make results     the README's table: five seeds of every method, about half an hour
+# make results     the README's table: ten seeds of every method, about half an hour
+# make ablations   notebook 06's table: every cell of results/ablations.yaml on five seeds
 #
 # PYTHON=python3.12 picks the interpreter. On Linux, for the CPU build of torch:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
@@ -15,13 +16,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test results lint format weights clean
+.PHONY: help setup reproduce test results ablations lint format weights clean
 
 # A figure backend set for another program must not reach the notebooks.
 unexport MPLBACKEND
 
 help:
-	@echo "make setup | reproduce [PROFILE=smoke|laptop|paper] | test | results | lint | format | weights | clean"
+	@echo "make setup | reproduce [PROFILE=smoke|laptop|paper] | test | results | ablations | lint | format | weights | clean"
 
 setup: $(STAMP)
 
@@ -50,10 +51,13 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The README's table: five seeds, every method, then its numbers.
+# The README's table: ten seeds, every method, then its numbers.
 results: setup
-	$(BIN)/fedmitr compare --seeds 0-4 --out results/comparison.csv
+	$(BIN)/fedmitr compare --seeds 10-19 --out results/comparison.csv
 	$(BIN)/python tools/readme.py
+
+ablations: setup
+	$(BIN)/fedmitr sweep --cells results/ablations.yaml --seeds 10-14 --out results/ablations.csv
 
 # Trains the shared initial model again.
 weights: setup

@@ -5,8 +5,8 @@ PYTHONPATH=../before python benchmarks/time_to_quality.py --seeds 5-9       anot
 
 Also --set inversion.iterations=80 and the like. Every batch is inverted anew, in this process, one seed
 after the other; clients come from a store of their own. Confidence is the mean probability of the target:
-`survivors`, of the surviving patches alone, which is what inversion optimises; `whole`, with the background
-as inverted; `views`, of random views as the student sees them.
+`teacher`, of the surviving patches by whoever was inverted, which is what inversion optimises; then by
+the ensemble: `survivors`; `whole`, with the background as inverted; `views`, of views as a student's.
 """
 
 import time
@@ -25,13 +25,14 @@ from fedmitr.runtime import derive_seed, generator
 from fedmitr.settings import parse_assignment
 
 VIEWS = 4
+STRENGTH = 0.7  # of the views, whatever the settings say
 
 
 @torch.inference_mode()
 def confidence(
     ensemble: fm.Ensemble, made: SyntheticSet, settings: fm.Settings, seed: int
 ) -> dict[str, float]:
-    """Mean probability of the target on survivors alone, on whole images and on a student's views."""
+    """Mean probability of the target by whoever was inverted, then by the ensemble on three kinds of view."""
 
     def of(images: torch.Tensor, keep: torch.Tensor | None = None) -> float:
         return ensemble(images, keep).exp().gather(1, made.labels[:, None]).mean().item()
@@ -39,8 +40,11 @@ def confidence(
     survivors = made.mask.int().topk(int(made.mask[0].sum()), dim=1).indices
     rng, everyone = generator(seed, "quality"), torch.arange(len(made))
     member = ensemble.members[0]
-    views = [of(view(member, made, everyone, settings.distill, rng)[0]) for _ in range(VIEWS)]
-    return {"survivors": of(made.pixels, survivors), "whole": of(made.pixels), "views": sum(views) / VIEWS}
+    how = settings.distill.model_copy(update={"augment": STRENGTH})
+    views = [of(view(member, made, everyone, how, rng)[0]) for _ in range(VIEWS)]
+    teacher = (-made.loss).exp().mean().item()
+    found = {"teacher": teacher, "survivors": of(made.pixels, survivors), "whole": of(made.pixels)}
+    return found | {"views": sum(views) / VIEWS}
 
 
 def measure(settings: fm.Settings, store: Path) -> dict[str, float]:

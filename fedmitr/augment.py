@@ -34,6 +34,6 @@ def warp_mask(mask: Tensor, maps: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def warp_coverage(mask: Tensor, maps: Tensor, grid: tuple[int, int], cell: int = 4) -> Tensor:
-    """Share of each patch (B, N) that patch masks (B, N) cover after the same maps, on `cell`×`cell` points."""
+    """Share (B, N) of each patch that patch masks (B, N) cover after these maps, on `cell`×`cell` points."""
     fine = mask.view(-1, 1, *grid).float().repeat_interleave(cell, 2).repeat_interleave(cell, 3)
     return F.avg_pool2d(warp(fine, maps), cell).flatten(1)

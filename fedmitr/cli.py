@@ -98,9 +98,7 @@ def settings_options(command):
 def read_overrides(assignments: tuple[str, ...], **named: str | None) -> dict[str, Any]:
     """Dotted names and values of --set, then of the named options; BadInput for what cannot be read."""
     names = {"task": "task.name", "clients": "partition.clients", "alpha": "partition.alpha", "seed": "seed"}
-    return dict(map(parse_assignment, assignments)) | {
-        names[n]: v for n, v in named.items() if v is not None
-    }
+    return dict(map(parse_assignment, assignments)) | {names[n]: v for n, v in named.items() if v is not None}
 
 
 def read_settings(profile: str, assignments: tuple[str, ...], **named: str | None) -> Settings:

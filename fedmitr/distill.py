@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from .augment import random_maps, warp, warp_mask
-from .ensemble import Ensemble
+from .ensemble import Ensemble, fit_offset
 from .errors import BadInput
 from .inversion import SyntheticSet
 from .optim import make_optimizer, make_schedule
@@ -22,6 +22,7 @@ from .settings import DistillSettings, RelabelSettings
 from .vit import forward_tokens, grid_size, image_logits, normalisation
 
 VIEW_BATCH = 256  # images that the teacher labels together
+FIT_VIEWS = 4  # views of each image that calibration sees
 Batch = tuple[Tensor, ...]
 
 
@@ -37,10 +38,13 @@ def distill(
 ) -> VisionTransformer:
     """Train the student, in place, on random views of the synthetic set; returned in evaluation mode.
 
-    progress is called with 1 after each step.
+    With `settings.calibrate` the ensemble that labels them is `calibrated` first. progress is called with
+    1 after each step.
     """
     rng = generator(seed, "distill")
     optimizer, schedule = student_optimizer(student, settings)
+    if settings.calibrate:
+        ensemble = calibrated(ensemble, student, synthetic, settings, seed)
     of_background = background_labels(ensemble, synthetic, relabel.temperature)
 
     def fresh(pick: Tensor) -> Batch:
@@ -55,6 +59,29 @@ def distill(
         draw, count = rows_of(pool), len(pool[0])
     batches = map(draw, islice(epochs(count, settings.batch_size, rng), settings.steps))
     return train_student(student, batches, optimizer, schedule, settings, relabel, progress)
+
+
+def calibrated(
+    ensemble: Ensemble,
+    student: VisionTransformer,
+    synthetic: SyntheticSet,
+    settings: DistillSettings,
+    seed: int,
+) -> Ensemble:
+    """The ensemble with class offsets fitted to the labels of views of the synthetic set (`fit_offset`).
+
+    It says something where an image's label does not come from the ensemble itself: with
+    inversion.teacher=owners, from the one client that knows the class.
+    """
+    rng = generator(seed, "calibration")
+
+    def labelled(pick: Tensor) -> Batch:
+        images = view(student, synthetic, pick, settings, rng)[0]
+        with torch.no_grad():
+            return ensemble(images), synthetic.labels[pick]
+
+    views = draw_views(labelled, len(synthetic), FIT_VIEWS, rng)
+    return ensemble.calibrated(ensemble.offset + fit_offset(*views, settings.calibrate))
 
 
 def draw_views(fresh: Callable[[Tensor], Batch], count: int, views: int, rng: torch.Generator) -> Batch:

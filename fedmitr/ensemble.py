@@ -1,5 +1,6 @@
 """Many uploads seen as one teacher A(x) (method step 2)."""
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -23,6 +24,7 @@ class Ensemble(nn.Module):
     client's share of every class, None where an upload does not say. The modes are
     `mean_probs` and `mean_logits` (1/K each), `size` (n_k / n, on probabilities) and `class`
     (c_k[y] / Σ_j c_j[y], on logits: who has seen a class decides on it; FedFTG, Zhang et al. 2022).
+    offset (C,) is added to the log-probabilities of all; zero unless the ensemble is calibrated.
     """
 
     def __init__(self, uploads: Sequence[Upload], settings: EnsembleSettings | None = None) -> None:
@@ -38,6 +40,7 @@ class Ensemble(nn.Module):
         self.register_buffer("weights", client_weights(uploads, self.mode))
         known = all(u.class_counts is not None for u in uploads)
         self.register_buffer("shares", class_weights(uploads) if known else None)
+        self.register_buffer("offset", torch.zeros(uploads[0].shape.num_classes))
         self.num_classes = uploads[0].shape.num_classes
 
     def forward(self, images: Tensor, keep: Tensor | None = None, temperature: float = 1.0) -> Tensor:
@@ -78,7 +81,14 @@ class Ensemble(nn.Module):
 
     def combine(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
         """Clients' logits (K, ..., C) to the ensemble's log-probabilities (..., C)."""
-        return combine(logits, self.weights, self.mode, temperature)
+        together = combine(logits, self.weights, self.mode, temperature)
+        return (together + self.offset / temperature).log_softmax(dim=-1)
+
+    def calibrated(self, offset: Tensor) -> "Ensemble":
+        """The same members with another offset (C,)."""
+        other = copy.copy(self)
+        other._buffers = self._buffers | {"offset": offset.to(self.offset)}
+        return other
 
 
 class Owners:
@@ -100,7 +110,8 @@ class Owners:
         """
         if ensemble.shares is None:
             raise BadInput(
-                "inversion.teacher='owners' needs every upload's class_counts: allowed without them is 'ensemble'"
+                "inversion.teacher='owners' needs every upload's class_counts: "
+                "allowed without them is 'ensemble'"
             )
         shares = ensemble.shares.T.cpu()[labels.cpu()]
         drawn = torch.multinomial(shares, 1, generator=generator(seed, "owners"))[:, 0]
@@ -136,6 +147,26 @@ def combine(logits: Tensor, weights: Tensor, mode: str, temperature: float = 1.0
     if mode in ON_LOGITS:
         return F.log_softmax((weights * logits).sum(dim=0) / temperature, dim=-1)
     return torch.logsumexp(F.log_softmax(logits / temperature, dim=-1) + weights.log(), dim=0)
+
+
+def fit_offset(log_probs: Tensor, labels: Tensor, penalty: float) -> Tensor:
+    """Class offsets o (C,) = argmin mean CE(log p + o, y) + λ |o|² for log p (n, C) and labels (n,).
+
+    Vector scaling (Guo et al. 2017) by its bias alone: clients were trained apart, so that the logits of
+    their classes stand on different levels. Convex; in double precision.
+    """
+    log_probs = log_probs.detach().double()
+    offset = torch.zeros(log_probs.shape[1], dtype=torch.double, device=log_probs.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([offset], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(log_probs + offset, labels) + penalty * offset.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return offset.detach().float()
 
 
 def client_weights(uploads: Sequence[Upload], mode: str) -> Tensor:

@@ -98,8 +98,8 @@ class Experiment:
 
     @cached_property
     def uploads(self) -> list[Upload]:
-        """What every client sends, once; the class histogram only where the ensemble asks for it."""
-        wanted = self.settings.ensemble.mode == "class"
+        """What every client sends, once; the class histogram only where ensemble or inversion asks for it."""
+        wanted = self.settings.ensemble.mode == "class" or self.settings.inversion.teacher == "owners"
         return [u if wanted else u.without_counts() for u in self._everyone]
 
     @cached_property

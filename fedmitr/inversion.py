@@ -160,7 +160,9 @@ def invert(
 View = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
 
 
-def _look(image: Tensor, keep: Tensor, shape: Shape, settings: InversionSettings, rng: torch.Generator) -> View:
+def _look(
+    image: Tensor, keep: Tensor, shape: Shape, settings: InversionSettings, rng: torch.Generator
+) -> View:
     """A random view of flat images (B, ch·H·W) on as many patches as are kept (B, M), or (1, M) for all.
 
     Returns its patches (B, M, ch·p·p), which want a gradient, their places (B, M) or (1, M), and a function

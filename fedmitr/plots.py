@@ -186,6 +186,32 @@ def comparison(table: pd.DataFrame) -> Figure:
 
 
 @styled
+def panels(table: pd.DataFrame) -> Figure:
+    """Runs with columns panel, cell, seed, accuracy: each cell's seeds as dots, mean ± std, panel by panel.
+
+    A dashed line marks the mean of a panel's first cell, with which the others are compared.
+    """
+    parts = list(table.groupby("panel", sort=False))
+    counts = [runs["cell"].nunique() for _, runs in parts]
+    figure = new_figure(8, 0.6 + sum(0.5 + 0.3 * n for n in counts))
+    axes = figure.subplots(len(parts), 1, squeeze=False, sharex=True, height_ratios=[n + 0.6 for n in counts])
+    for axis, (panel, runs) in zip(axes[:, 0], parts, strict=True):
+        names = list(dict.fromkeys(runs["cell"]))
+        for row, name in enumerate(reversed(names)):
+            values = runs[runs["cell"] == name].sort_values("seed")["accuracy"]
+            climb = row + np.linspace(0.1, 0.4, len(values))
+            axis.plot(values, climb, "o", color=SKY, ms=4.5, mec="white", mew=0.5)
+            color = VERMILLION if name == names[0] else BLACK
+            axis.errorbar(values.mean(), row, xerr=values.std(), capsize=3, marker="o", ms=5, color=color)
+        first = runs[runs["cell"] == names[0]]["accuracy"].mean()
+        axis.axvline(first, color=VERMILLION, lw=0.8, ls="--", zorder=0)
+        axis.set_yticks(range(len(names)), list(reversed(names)))
+        axis.set(title=panel, ylim=(-0.5, len(names) - 0.4))
+    axes[-1, 0].set_xlabel("test accuracy: each seed (dots), mean ± standard deviation")
+    return figure
+
+
+@styled
 def costs(runs: pd.DataFrame, seconds: pd.DataFrame) -> Figure:
     """Mean accuracy ± std over seeds against the server's seconds and all bytes, one point a method.
 

@@ -135,17 +135,19 @@ class InversionSettings(Block):
         "choice; paper: ensemble",
     )
     images: Count = setting(400, "synthetic images in all")
-    batch_size: Count = setting(100, "images inverted together", "SMI")
-    iterations: Count = setting(50, "steps of the optimiser", "SMI: 4000")
+    batch_size: Count = setting(200, "images inverted together", "SMI: 100")
+    iterations: Count = setting(100, "steps of the optimiser", "SMI: 4000")
     lr: Positive = setting(0.4, "Adam's learning rate", "SMI: 0.25")
     betas: tuple[Beta, Beta] = setting((0.5, 0.99), "Adam's betas", "SMI")
     schedule: Literal["constant", "cosine"] = setting(
         "cosine", "learning rate over the iterations", "SMI: constant"
     )
     stop_at: tuple[int, ...] = setting(
-        (5, 10, 15, 20), "iterations after which patches stop", "SMI: 50,100,200,300"
+        (10, 20, 30, 40), "iterations after which patches stop", "SMI: 50,100,200,300"
     )
-    stop_ratio: tuple[OpenShare, ...] = setting((0.3, 0.3, 0.3, 0.3), "share of the remaining patches", "SMI")
+    stop_ratio: tuple[OpenShare, ...] = setting(
+        (0.16, 0.16, 0.16, 0.16), "share of the remaining patches; half are left", "SMI: four times 0.3"
+    )
     ce: NotNegative = setting(1.0, "weight of the cross-entropy to the target", "SMI")
     tv: NotNegative = setting(3e-3, "weight of the L2 total variation", "SMI: 1e-4")
     l2: NotNegative = setting(0.0, "weight of the squared norm of the pixels", "SMI")
@@ -184,7 +186,7 @@ class RelabelSettings(Block):
         "token_logits", "soft label of a patch", "choice"
     )
     temperature: Positive = setting(1.0, "of the soft token labels", "choice")
-    foreground_soft: Share = setting(0.0, "share of the soft label mixed into the pseudo-label", "ours")
+    foreground_soft: Share = setting(0.5, "share of the soft label mixed into the pseudo-label", "ours")
 
 
 class DistillSettings(Block):
@@ -196,7 +198,15 @@ class DistillSettings(Block):
     weight_decay: NotNegative = setting(0.05, "AdamW's", "DeiT")
     start: Literal["average", "initial"] = setting("average", "student's start", "choice")
     temperature: Positive = setting(1.0, "T of the distillation loss", "choice")
-    ce_weight: NotNegative = setting(0.0, "λ_ce, cross-entropy of CLS to the target", "choice")
+    ce_weight: NotNegative = setting(
+        0.25, "λ_ce, cross-entropy of CLS to the target; FedMITR alone", "choice"
+    )
+    calibrate: NotNegative = setting(
+        0.02,
+        "penalty λ of class offsets, fitted to the labels of synthetic views, that the ensemble gets before "
+        "FedMITR distils it; 0: none",
+        "ours",
+    )
     token_weight: NotNegative = setting(0.1, "λ_tok, loss of the patch tokens", "choice")
     background: Literal["keep", "texture"] = setting(
         "texture", "low-density patches in each view: as inverted, or fresh smooth texture", "choice"
@@ -204,23 +214,32 @@ class DistillSettings(Block):
     views: int = setting(
         8, "random views drawn of each image, labelled by the teacher once; 0: new ones every step", ge=0
     )
-    augment: Share = setting(0.7, "strength of random scale, rotation and shift of pixels and mask")
+    augment: Share = setting(1.0, "strength of random scale, rotation and shift of pixels and mask")
     precision: Precision = precision_of("the student's training")
 
 
-class FadiSettings(Block):
+class RivalSettings(Block):
+    """What every other method that distils has: FedMITR's gains on its labels, if they help it too."""
+
+    ce_weight: NotNegative = setting(0.0, "cross-entropy of CLS to the images' labels, in distillation")
+    calibrate: NotNegative = setting(
+        0.0, "penalty λ of class offsets fitted to the images' labels before each round; 0: none"
+    )
+
+
+class FadiSettings(RivalSettings):
     """F-ADI: dense DeepInversion against a growing student, then distillation."""
 
     rounds: Count = setting(2, "times that inversion and distillation alternate", "choice")
     iterations: Count = setting(
-        30, "steps of the optimiser; no fewer patch-steps than FedMITR's sparse ones", "ADI: 2000"
+        62, "steps of the optimiser; no fewer patch-steps than FedMITR's sparse ones", "ADI: 2000"
     )
     competition: NotNegative = setting(
         1.0, "weight of 1 − JS(teacher, student) in the inversion loss", "choice"
     )
 
 
-class GeneratorSettings(Block):
+class GeneratorSettings(RivalSettings):
     """What every method with a generator has."""
 
     rounds: Count = setting(4, "rounds of generation, then distillation", "DENSE, Co-Boosting: 200")

@@ -26,7 +26,7 @@ from .errors import BadInput
 from .runtime import device, native_bf16
 
 SECONDS = "seconds.json"
-FORMAT = 3  # raised when a stage computes something else under the same settings
+FORMAT = 4  # raised when a stage computes something else under the same settings
 Artefact = TypeVar("Artefact")
 
 

@@ -65,9 +65,7 @@ def grid_cells(texts: Sequence[str]) -> list[Cell]:
         if not found:
             raise BadInput(f"grid={text!r} is not of the form key=v1,v2")
         axes.append([(key.strip(), number(value)) for value in found])
-    return [
-        Cell("grid", " ".join(f"{k}={v}" for k, v in chosen), dict(chosen)) for chosen in product(*axes)
-    ]
+    return [Cell("grid", " ".join(f"{k}={v}" for k, v in chosen), dict(chosen)) for chosen in product(*axes)]
 
 
 def sweep(

@@ -139,6 +139,7 @@ def test_dense_and_sparse_inversions_alternate_with_the_published_settings(calls
     for one in settings:
         assert one.stop_ratio == (0.3,) * len(one.stop_at)
         assert (one.tv, one.flip, one.jitter, one.keep_best) == (1e-4, True, 0.125, True)
+        assert (one.teacher, one.augment) == ("ensemble", 0)
     assert all(len(labels) == 3 and threads == 2 for _, labels, threads in calls)
 
 
@@ -284,8 +285,9 @@ def test_the_plain_loop_makes_the_same_images_as_ours(stops, double, monkeypatch
     teacher = fm.Ensemble([make_upload(0, COUNTS)], EnsembleSettings(mode="mean_logits")).double()
     ratios = (0.3,) * len(stops)
     settings = InversionSettings(
-        iterations=8, stop_at=stops, stop_ratio=ratios, lr=0.25, betas=(0.5, 0.99), schedule="constant",
-        ce=1 / len(LABELS), tv=0.0, jitter=0.0, flip=False, keep_best=False,
+        teacher="ensemble", iterations=8, stop_at=stops, stop_ratio=ratios,
+        lr=0.25, betas=(0.5, 0.99), schedule="constant",
+        ce=1 / len(LABELS), tv=0.0, jitter=0.0, augment=0.0, flip=False, keep_best=False,
     )  # fmt: skip
     ours = invert(teacher, LABELS, settings, 0, recorded=4)
     start = ours.history["frames"][0].clone().requires_grad_()

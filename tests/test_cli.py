@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 
 import pandas as pd
 import pytest
@@ -191,11 +192,11 @@ def settings_of(first, **changes):
     return Settings.model_validate(tree)
 
 
-def test_the_class_histogram_leaves_a_client_only_where_the_ensemble_needs_it(first, store, no_work):
-    for mode in ("mean_probs", "size", "class"):
-        these = experiment.Experiment(settings_of(first, ensemble__mode=mode), store)
-        sent = [u.class_counts for u in these.uploads]
-        assert all((counts is not None) == (mode == "class") for counts in sent)
+def test_the_class_histogram_leaves_a_client_only_where_ensemble_or_inversion_needs_it(first, store, no_work):
+    for mode, teacher in product(("mean_probs", "size", "class"), ("ensemble", "owners")):
+        changed = settings_of(first, ensemble__mode=mode, inversion__teacher=teacher)
+        sent = [u.class_counts for u in experiment.Experiment(changed, store).uploads]
+        assert all((counts is not None) == ("class" in mode or teacher == "owners") for counts in sent)
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,9 @@ def notes(monkeypatch):
             if self.settings.seed == 13:
                 raise BadInput("seed=13 is unlucky")
 
+        def upload_key(self, client):
+            return f"{self.settings.seed} {client}"
+
         def train(self, client):
             asked.append(("train", self.settings.seed, client))
 
@@ -109,6 +112,13 @@ def test_everything_is_checked_then_every_client_trained_then_every_method_run(n
     clients = [("train", s, k) for s in (0, 2) for k in range(4)]
     checks = [("check", s, "fedmitr", "local") for s in (0, 2)]
     assert notes == [*checks, *clients, *(("run", s, m) for s, m in GRID)]
+
+
+def test_clients_that_settings_share_are_trained_once(notes, tmp_path):
+    (one,) = settings_of(0)
+    module.compare(["local"], [one, one.model_copy(update={"budget": "own"}), *settings_of(2)], tmp_path)
+    assert [n for n in notes if n[0] == "train"] == [("train", s, k) for s in (0, 2) for k in range(4)]
+    assert [n for n in notes if n[0] == "run"] == [("run", s, "local") for s in (0, 0, 2)]
 
 
 def test_a_bad_setting_anywhere_stops_before_any_work(notes, tmp_path):

@@ -13,13 +13,16 @@ from hypothesis import strategies as st
 
 import fedmitr as fm
 from fedmitr.augment import random_maps, warp, warp_mask
-from fedmitr.distill import distill, distill_loss, epochs, pixel_mask, random_textures, view
+from fedmitr.distill import calibrated, distill, distill_loss, epochs, pixel_mask, random_textures, view
+from fedmitr.ensemble import fit_offset
+from fedmitr.relabel import soft_token_labels
 from fedmitr.runtime import generator
 from fedmitr.settings import DistillSettings, EnsembleSettings, ModelSettings, RelabelSettings, Settings
 from fedmitr.store import Store
 from fedmitr.upload import average_weights
 from fedmitr.vit import forward_tokens
 
+distill_module = importlib.import_module("fedmitr.distill")
 pipeline = importlib.import_module("fedmitr.methods.fedmitr")  # the package's name for it is the method
 GRID = (6, 6)
 
@@ -219,7 +222,7 @@ def test_mode_none_drops_the_token_term(micro, images):
 
 
 def test_the_loss_is_least_where_student_and_teacher_agree(micro, images):
-    settings, relabel = DistillSettings(token_weight=0.0, temperature=2.0), RelabelSettings()
+    settings, relabel = DistillSettings(token_weight=0.0, ce_weight=0.0, temperature=2.0), RelabelSettings()
     rest = (torch.zeros(3, dtype=torch.int64), torch.zeros(3, 36, 10), settings, relabel)
     own = micro(images).log_softmax(-1)
     assert distill_loss(micro, images, own, *rest).item() == pytest.approx(0, abs=1e-5)
@@ -247,7 +250,8 @@ def divergence(model, teacher, images):
 
 @pytest.mark.parametrize("views", [0, 3])
 def test_distillation_brings_the_student_to_the_teacher(teacher, synthetic, views):
-    settings = DistillSettings(steps=40, batch_size=10, lr=1e-3, views=views, augment=0.2)
+    plain = dict(ce_weight=0.0, calibrate=0.0)  # nothing but the teacher as it is
+    settings = DistillSettings(steps=40, batch_size=10, lr=1e-3, views=views, augment=0.2, **plain)
     before = divergence(student().eval(), teacher, synthetic.pixels)
     after = divergence(learn(teacher, synthetic, settings), teacher, synthetic.pixels)
     assert after < 0.6 * before
@@ -357,3 +361,50 @@ def test_a_student_that_diverges_is_refused_in_one_line(micro, teacher, syntheti
     with pytest.raises(fm.BadInput) as error:
         distill(student, teacher, synthetic, settings, RelabelSettings(), 0)
     one_line(error.value, "distill.lr=1e+30")
+
+
+# Calibration.
+
+
+@pytest.fixture(scope="module")
+def overlooked(ensemble):
+    """Sixty images, more of them labelled 4 than the ensemble would."""
+    pixels = torch.randn(60, 1, 24, 24, generator=torch.Generator().manual_seed(2))
+    labels = (ensemble(pixels) + 2 * F.one_hot(torch.tensor(4), 10)).argmax(1)
+    return fm.SyntheticSet(pixels, labels, masks(60), torch.zeros(60))
+
+
+@pytest.mark.parametrize("penalty", [0.001, 0.02])
+def test_calibration_mends_a_class_that_the_ensemble_overlooks(ensemble, micro, overlooked, penalty):
+    settings = DistillSettings(augment=0.0, background="keep", calibrate=penalty)
+    heard = calibrated(ensemble, micro, overlooked, settings, seed=0)
+    images, labels = overlooked.pixels, overlooked.labels
+    wanted = fit_offset(ensemble(images), labels, penalty)  # every view is the image itself
+    torch.testing.assert_close(heard.offset, wanted, rtol=1e-3, atol=1e-3)
+    assert heard.offset.argmax() == 4
+    plain, mended = (e(images).argmax(1) for e in (ensemble, heard))
+    assert (plain == 4).sum() < 0.1 * (labels == 4).sum() and (mended == 4).sum() > 0.8 * (labels == 4).sum()
+    assert (mended == labels).float().mean() > (plain == labels).float().mean() + 0.3
+
+
+def test_a_seed_fixes_the_views_that_calibration_sees(ensemble, micro, overlooked):
+    settings = DistillSettings(augment=1.0, background="texture", calibrate=0.02)
+    one, again, other = (calibrated(ensemble, micro, overlooked, settings, s).offset for s in (1, 1, 2))
+    assert torch.equal(one, again) and not torch.allclose(one, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("calibrate", [0.0, 0.1])
+def test_the_student_is_taught_by_the_calibrated_ensemble(uploads, synthetic, monkeypatch, calibrate):
+    teachers = []
+
+    def spy(ensemble, *args):
+        teachers.append(ensemble.offset.clone())
+        return soft_token_labels(ensemble, *args)
+
+    monkeypatch.setattr(distill_module, "soft_token_labels", spy)
+    settings = DistillSettings(steps=1, batch_size=4, views=1, calibrate=calibrate)
+    ensemble = fm.Ensemble(uploads)
+    student = fm.create_vit("vit_micro", 10)
+    fm.distill(student, ensemble, synthetic, settings, RelabelSettings(), seed=0)
+    assert teachers and all(bool(offset.any()) == bool(calibrate) for offset in teachers)
+    assert not ensemble.offset.any()

@@ -5,9 +5,17 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
 
 import fedmitr as fm
-from fedmitr.ensemble import Owners, class_weights, client_weights, combine, histograms
+from fedmitr.ensemble import (
+    Owners,
+    class_weights,
+    client_weights,
+    combine,
+    fit_offset,
+    histograms,
+)
 from fedmitr.settings import EnsembleSettings
 from fedmitr.vit import cls_attention, forward_tokens, kept_patches
 
@@ -237,3 +245,31 @@ def test_teachers_in_bfloat16_hold_their_weights_so_and_answer_nearly_alike(uplo
         wanted = torch.stack([m(images).float() for m in full.members])
     torch.testing.assert_close(half.logits(images), wanted, rtol=0.05, atol=0.05)
     torch.testing.assert_close(half(images).exp(), full(images).exp(), rtol=0.1, atol=0.05)
+
+
+# Calibration.
+
+
+@pytest.mark.parametrize("penalty", [0.01, 0.3])
+def test_offsets_are_scipys_minimum(penalty):
+    rng = np.random.default_rng(0)
+    z, y = 2 * rng.normal(size=(60, 5)), rng.integers(0, 5, 60)
+    z[:, 2] += 3  # a class that shouts
+
+    def loss(o):
+        return -np.log(softmax(z + o))[np.arange(60), y].mean() + penalty * (o**2).sum()
+
+    found = fit_offset(torch.tensor(z, dtype=torch.float32), torch.tensor(y), penalty)
+    assert found.dtype == torch.float32 and found.argmin() == 2
+    np.testing.assert_allclose(found, minimize(loss, np.zeros(5), tol=1e-10).x, atol=1e-3)
+
+
+def test_a_calibrated_ensemble_answers_with_its_offset_and_leaves_the_other_as_it_was(ensemble, images):
+    before, of_tokens = ensemble(images), ensemble.forward_tokens(images)[1]
+    offset = torch.linspace(-2, 2, 10)
+    other = ensemble.calibrated(offset)
+    for heat in (1.0, 2.0):
+        wanted = ((ensemble(images) + offset) / heat).log_softmax(-1)
+        torch.testing.assert_close(other(images, temperature=heat), wanted)
+    torch.testing.assert_close(other.forward_tokens(images)[1], (of_tokens + offset).log_softmax(-1))
+    assert torch.equal(ensemble(images), before) and not ensemble.offset.any()

@@ -27,6 +27,7 @@ SMALL = {
     "partition.alpha": 100.0,
     "client.epochs": 1,
     "ensemble.mode": "mean_probs",
+    "inversion.teacher": "ensemble",  # needs no histograms
     "inversion.images": 20,
     "inversion.batch_size": 10,
     "inversion.iterations": 5,

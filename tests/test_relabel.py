@@ -54,7 +54,7 @@ def test_token_targets_leave_their_arguments_alone(made_up):
 def test_targets_of_a_set_are_distributions_that_carry_the_label_where_the_patch_survived(
     teacher, synthetic, mode, source
 ):
-    settings = RelabelSettings(mode=mode, source=source, temperature=2.0)
+    settings = RelabelSettings(mode=mode, source=source, temperature=2.0, foreground_soft=0.0)
     targets = relabel_tokens(teacher, synthetic, settings)
     assert targets.shape == (10, 36, 10) and (targets >= 0).all()
     torch.testing.assert_close(targets.sum(-1), torch.ones(10, 36))
@@ -102,7 +102,7 @@ def test_dense_sets_have_no_background_and_only_pseudo_labels(teacher, synthetic
         synthetic.pixels, synthetic.labels, torch.ones(10, 36, dtype=torch.bool), synthetic.loss
     )
     torch.testing.assert_close(background_labels(teacher, dense, 1.0), teacher(dense.pixels).exp())
-    targets = relabel_tokens(teacher, dense, RelabelSettings())
+    targets = relabel_tokens(teacher, dense, RelabelSettings(foreground_soft=0.0))
     assert torch.equal(targets, F.one_hot(dense.labels, 10)[:, None].expand(-1, 36, -1).float())
 
 

@@ -16,6 +16,7 @@ from torch.distributions import Categorical, kl_divergence
 
 import fedmitr as fm
 import fedmitr.methods.generator as module
+import fedmitr.methods.rounds as rounds
 from fedmitr.ensemble import class_weights
 from fedmitr.methods import METHODS
 from fedmitr.methods.co_boosting import ON
@@ -279,3 +280,27 @@ def test_with_identical_uploads_every_aggregate_is_one_of_them(clients, tmp_path
     torch.testing.assert_close(class_ensemble(ensemble.logits(images), labels, known), one, **CLOSE)
     for name, value in student_of(copies).vit.state_dict().items():
         torch.testing.assert_close(value, clients[1].weights[name], rtol=1e-6, atol=1e-7)
+
+
+def test_a_methods_own_settings_say_whether_its_labels_count(clients):
+    """By default the student learns the teacher alone; with own settings its loss is that of distillation."""
+    assert all(student_of(clients, ce_weight=w).settings.ce_weight == 0 for w in (0.0, 0.7))
+    assert student_of(clients).settings.ce_weight == 0 < DistillSettings().ce_weight
+    own = settings_of().model_copy(update={"dense": DenseSettings(ce_weight=0.3)})
+    assert Student(clients, own, "dense", 6).settings.ce_weight == 0.3
+    assert Student(clients, own, "fdafl", 6).settings.ce_weight == 0
+    assert Student(clients, own, "a method of your own", 6).settings.ce_weight == 0
+
+
+def test_calibration_fits_what_the_student_is_taught_to_the_labels(clients, monkeypatch):
+    own = settings_of(batch_size=8).model_copy(update={"dense": DenseSettings(calibrate=0.01)})
+    student, taught = Student(clients, own, "dense", 6), []
+    student.add(some(8), torch.full((8,), 3))
+    monkeypatch.setattr(rounds, "train_student", lambda vit, batches, *_: taught.extend(batches))
+    learn(student, 1)
+    ((images, target, labels, _),) = taught
+    plain = student.ensemble(images)
+    gap = target - plain
+    torch.testing.assert_close(gap - gap[:, :1], (gap - gap[:, :1])[:1].expand_as(gap), atol=1e-4, rtol=1e-3)
+    assert (target[:, 3] > plain[:, 3]).all() and (labels == 3).all()
+    torch.testing.assert_close(target.exp().sum(1), torch.ones(8))

@@ -9,10 +9,11 @@ then the student learns A on all images made so far; the two alternate. Publishe
 the pixels, 2,000 iterations and more, random jitter and flips, and a term that matches the running
 statistics of batch normalisation.
 
-What a ViT changes: it has no batch normalisation, so that term is absent. Optimiser, jitter and priors
+What a ViT changes: it has no batch normalisation, so that term is absent. Optimiser, views and priors
 are those of the `inversion` block, the same as FedMITR's, without its stops; so the difference between
 the two is what sparsity, token labels and the competition are worth. As every patch is carried to the
-end, fewer iterations cost as much as FedMITR's.
+end, fewer iterations cost as much as FedMITR's. With `inversion.teacher=owners`, A in both terms is the
+one client that the image is asked of, as in FedMITR.
 """
 
 from collections.abc import Sequence

@@ -11,10 +11,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..distill import Batch, draw_views, epochs, rows_of, student_optimizer, train_student, view
-from ..ensemble import Ensemble
+from ..ensemble import Ensemble, fit_offset
 from ..inversion import SyntheticSet, load_synthetic, save_synthetic
 from ..runtime import device, generator
-from ..settings import GeneratorSettings, RelabelSettings, Settings
+from ..settings import GeneratorSettings, RelabelSettings, RivalSettings, Settings
 from ..store import Store, fingerprint, read_tensors, write_json, write_tensors
 from ..upload import Upload, average_weights
 from ..vit import create_vit, kept_patches, weights_digest
@@ -61,7 +61,9 @@ class Student:
         """steps: of all rounds; change(ensemble, views): changes views before they are seen."""
         self.ensemble = Ensemble(uploads, settings.ensemble).to(device())
         self.vit = student_start(uploads, settings)
-        self.settings, self.change = settings.distill, change
+        own = getattr(settings, method, RivalSettings())  # a method of your own has no block
+        self.settings = settings.distill.model_copy(update={"ce_weight": own.ce_weight})
+        self.calibrate, self.change = own.calibrate, change
         self.optimizer, self.schedule = student_optimizer(self.vit, settings.distill, steps)
         self.rng = generator(settings.seed, method, "distill")
         self.parts: list[SyntheticSet] = []
@@ -105,12 +107,20 @@ class Student:
         else:
             draw, count = partial(self._view, self.images), len(self.images)
 
+        offset = self._offset(teacher) if self.calibrate else None
+
         def batches() -> Iterator[Batch]:
             for pick in islice(epochs(count, self.settings.batch_size, self.rng), steps):
                 images, labels, logits = draw(pick)
-                yield images, teacher(logits.transpose(0, 1), labels), labels, None
+                target = teacher(logits.transpose(0, 1), labels)
+                yield images, target if offset is None else (target + offset).log_softmax(-1), labels, None
 
         train_student(self.vit, batches(), self.optimizer, self.schedule, self.settings, NO_TOKENS, progress)
+
+    def _offset(self, teacher: Teacher) -> Tensor:
+        """Class offsets (C,) that fit the teacher to the labels of the pool."""
+        _, labels, logits = self.pool()
+        return fit_offset(teacher(logits.transpose(0, 1), labels), labels, self.calibrate)
 
     def _view(self, images: SyntheticSet, pick: Tensor) -> Batch:
         seen = view(self.vit, images, pick, self.settings, self.rng)[0]

@@ -218,18 +218,30 @@ class DistillSettings(Block):
     precision: Precision = precision_of("the student's training")
 
 
-class RivalSettings(Block):
-    """What every other method that distils has: FedMITR's gains on its labels, if they help it too."""
+def of_labels(default: float) -> Any:
+    """How much the labels of a method's images count in its student's loss."""
+    return setting(default, "weight of the cross-entropy of CLS to the images' labels, in distillation")
 
-    ce_weight: NotNegative = setting(0.0, "cross-entropy of CLS to the images' labels, in distillation")
-    calibrate: NotNegative = setting(
-        0.0, "penalty λ of class offsets fitted to the images' labels before each round; 0: none"
+
+def of_offsets(default: float) -> Any:
+    """Whether a method's teacher is calibrated on the labels of its images."""
+    return setting(
+        default, "penalty λ of class offsets fitted to the images' labels before each round; 0: none"
     )
+
+
+class RivalSettings(Block):
+    """What every other method that distils has: FedMITR's gains on its labels, where validation says so."""
+
+    ce_weight: NotNegative = of_labels(0.0)
+    calibrate: NotNegative = of_offsets(0.0)
 
 
 class FadiSettings(RivalSettings):
     """F-ADI: dense DeepInversion against a growing student, then distillation."""
 
+    ce_weight: NotNegative = of_labels(0.25)
+    calibrate: NotNegative = of_offsets(0.02)
     rounds: Count = setting(2, "times that inversion and distillation alternate", "choice")
     iterations: Count = setting(
         62, "steps of the optimiser; no fewer patch-steps than FedMITR's sparse ones", "ADI: 2000"
@@ -262,6 +274,8 @@ class FdaflSettings(GeneratorSettings):
 class DenseSettings(GeneratorSettings):
     """DENSE: images of given classes on which student and ensemble still disagree."""
 
+    ce_weight: NotNegative = of_labels(0.25)
+    calibrate: NotNegative = of_offsets(0.02)
     disagreement: NotNegative = setting(
         1.0, "weight of the boundary-support loss", "DENSE, in Co-Boosting's code"
     )
@@ -271,6 +285,8 @@ class DenseSettings(GeneratorSettings):
 class CoBoostingSettings(DenseSettings):
     """Co-Boosting: DENSE on hard samples, with an ensemble whose weights are learned."""
 
+    ce_weight: NotNegative = of_labels(0.0)
+    calibrate: NotNegative = of_offsets(0.0)
     hardness: NotNegative = setting(1.0, "exponent of (1 − p_y) in the hard-sample loss", "Co-Boosting")
     perturbation: NotNegative = setting(
         8 / 255, "step of the adversarial perturbation, of full brightness", "Co-Boosting"

@@ -175,7 +175,7 @@ def settings_of(**distill):
 
 
 def student_of(clients, steps=6, change=None, **distill):
-    return Student(clients, settings_of(**distill), "dense", steps, change)
+    return Student(clients, settings_of(**distill), "fdafl", steps, change)
 
 
 def some(count, seed=3):
@@ -263,7 +263,7 @@ def test_the_student_starts_at_the_average_or_at_the_shared_model(clients):
     average, fresh = average_weights(clients), fm.create_vit("vit_micro", 10, image_size=12)
     assert unchanged(student_of(clients).vit, average)
     initial = settings_of(start="initial").model_copy(update={"model": ModelSettings(pretrained=False)})
-    assert unchanged(Student(clients, initial, "dense", 1).vit, fresh.state_dict())
+    assert unchanged(Student(clients, initial, "fdafl", 1).vit, fresh.state_dict())
 
 
 def test_with_identical_uploads_every_aggregate_is_one_of_them(clients, tmp_path):
@@ -283,13 +283,14 @@ def test_with_identical_uploads_every_aggregate_is_one_of_them(clients, tmp_path
 
 
 def test_a_methods_own_settings_say_whether_its_labels_count(clients):
-    """By default the student learns the teacher alone; with own settings its loss is that of distillation."""
-    assert all(student_of(clients, ce_weight=w).settings.ce_weight == 0 for w in (0.0, 0.7))
-    assert student_of(clients).settings.ce_weight == 0 < DistillSettings().ce_weight
-    own = settings_of().model_copy(update={"dense": DenseSettings(ce_weight=0.3)})
-    assert Student(clients, own, "dense", 6).settings.ce_weight == 0.3
-    assert Student(clients, own, "fdafl", 6).settings.ce_weight == 0
-    assert Student(clients, own, "a method of your own", 6).settings.ce_weight == 0
+    """By default the student learns the teacher alone, whatever `distill` says, which is FedMITR's."""
+    assert DistillSettings().ce_weight > 0
+    for method in ("fdafl", "co_boosting", "fedftg", "a method of your own"):
+        student = Student(clients, settings_of(ce_weight=0.7, calibrate=0.5), method, 6)
+        assert student.settings.ce_weight == 0 and student.calibrate == 0
+    own = settings_of().model_copy(update={"dense": DenseSettings(ce_weight=0.3, calibrate=0.4)})
+    student = Student(clients, own, "dense", 6)
+    assert student.settings.ce_weight == 0.3 and student.calibrate == 0.4
 
 
 def test_calibration_fits_what_the_student_is_taught_to_the_labels(clients, monkeypatch):

@@ -167,12 +167,12 @@ def compare(methods, seeds, profile, task, clients, alpha, assignments, store, o
 @click.option(
     "--cells", type=click.Path(path_type=Path), help="YAML of panel: {cell: {setting: value}}, instead."
 )
-@click.option("--panel", help="Only this panel of --cells.")
+@click.option("--panel", "panels", multiple=True, help="Only this panel of --cells; repeatable.")
 @click.option("--out", type=click.Path(path_type=Path), help="CSV with one row per run.")
 @click.option("--json", "as_json", is_flag=True, help="Last line of stdout: the table as one JSON object.")
 @settings_options
 def sweep(
-    method, seeds, grid, cells, panel, profile, task, clients, alpha, assignments, store, out, as_json
+    method, seeds, grid, cells, panels, profile, task, clients, alpha, assignments, store, out, as_json
 ) -> None:
     """One method over a grid of settings, several seeds each."""
     if method not in METHODS:
@@ -182,7 +182,7 @@ def sweep(
     from .sweep import choose, grid_cells, read_cells, summarise_cells
     from .sweep import sweep as sweep_all
 
-    chosen = grid_cells(grid) if grid else choose(read_cells(cells), panel)
+    chosen = grid_cells(grid) if grid else choose(read_cells(cells), panels)
     overrides = read_overrides(assignments, task=task, clients=clients, alpha=alpha)
     table = sweep_all(chosen, parse_seeds(seeds), method, profile, overrides, store, out)
     summary = summarise_cells(table)

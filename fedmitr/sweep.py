@@ -45,12 +45,13 @@ def read_cells(path: Path) -> list[Cell]:
         raise BadInput(f"cells={str(path)!r} is no YAML of panel: {{cell: {{setting: value}}}}") from error
 
 
-def choose(cells: Sequence[Cell], panel: str | None) -> list[Cell]:
-    """The cells of one panel, or all of them."""
-    panels = list(dict.fromkeys(cell.panel for cell in cells))
-    if panel is not None and panel not in panels:
-        raise BadInput(f"panel={panel!r} is unknown: allowed are {', '.join(panels)}")
-    return [cell for cell in cells if panel in (None, cell.panel)]
+def choose(cells: Sequence[Cell], panels: Sequence[str]) -> list[Cell]:
+    """The cells of these panels; of all where none is named."""
+    known = list(dict.fromkeys(cell.panel for cell in cells))
+    unknown = [panel for panel in panels if panel not in known]
+    if unknown:
+        raise BadInput(f"panel={unknown[0]!r} is unknown: allowed are {', '.join(known)}")
+    return [cell for cell in cells if cell.panel in (panels or known)]
 
 
 def grid_cells(texts: Sequence[str]) -> list[Cell]:

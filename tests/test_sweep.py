@@ -57,9 +57,9 @@ def test_cells_of_a_file(tmp_path, one_line):
     assert [(c.panel, c.name, c.overrides) for c in cells] == [
         ("one", "default", {}), ("one", "low", {"distill.lr": 1e-4}), ("two", "7", {"seed": 3})
     ]  # fmt: skip
-    assert choose(cells, None) == cells and [c.name for c in choose(cells, "two")] == ["7"]
+    assert choose(cells, []) == cells and [c.name for c in choose(cells, ["two"])] == ["7"]
     with pytest.raises(BadInput) as error:
-        choose(cells, "three")
+        choose(cells, ["one", "three"])
     one_line(error.value, "three", "one, two")
     for text in ("[1, 2]", "a: {b: [", "a: 3"):
         file.write_text(text)

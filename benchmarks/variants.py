@@ -161,7 +161,7 @@ def invert_in_chunks(ensemble: Ensemble, labels: Tensor, settings: InversionSett
 
 
 def short_settings(iterations: int) -> InversionSettings:
-    """The published stops, as shares of the iterations as in the defaults."""
+    """The default stops, as shares of the iterations."""
     usual = InversionSettings()
     stops = tuple(max(k + 1, s * iterations // usual.iterations) for k, s in enumerate(usual.stop_at))
     return InversionSettings(

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -114,10 +115,11 @@ def bench_inversion(
     precision = ("bf16" if native_bf16() else "fp32") if precision == "auto" else precision
     uploads = random_uploads(model, image_size, clients)
     ensemble = Ensemble(uploads, EnsembleSettings(mode="mean_logits", precision=precision)).to(device())
+    vit = uploads[0].vit().to(device())  # what the plain loop gets, in float32 whatever the ensemble holds
     if plain:
-        check_plain(plain, ensemble, model)
+        check_plain(plain, vit, model)
     with torch_threads(threads):
-        return _Bench(ensemble, batch, iterations, plain).report(model)
+        return _Bench(ensemble, vit, batch, iterations, plain).report(model)
 
 
 def random_uploads(model: str, image_size: int | None, clients: int) -> list[Upload]:
@@ -148,6 +150,7 @@ class _Bench:
     """One batch, and the loops that invert it."""
 
     ensemble: Ensemble
+    vit: VisionTransformer
     batch: int
     iterations: int
     plain: ModuleType | None
@@ -228,7 +231,7 @@ class _Bench:
         invert(self.ensemble, self._labels(), settings, 0, recorded=0, progress=tick)
 
     def _plain(self, stops: Sequence[int], tick: Callable[[int], object]) -> None:
-        vit = self.ensemble.members[0]
+        vit = self.vit
         ratios = ratios_rounded_down(vit.patch_embed.num_patches, RATIOS[: len(stops)])
         with fixed_randomness(), ExitStack() as stack:
             stack.enter_context(torch.device(device()))  # where the plain loop makes its images
@@ -342,9 +345,8 @@ def plain_loop() -> ModuleType:
 
 
 @torch.no_grad()
-def check_plain(plain: ModuleType, ensemble: Ensemble, model: str) -> None:
+def check_plain(plain: ModuleType, vit: VisionTransformer, model: str) -> None:
     """BadInput where the plain loop, which knows plain blocks alone, computes other logits than timm."""
-    vit = ensemble.members[0]
     images = torch.randn((2, *Shape.of(vit).image), generator=generator(0, "bench")).to(device())
     places = torch.arange(vit.patch_embed.num_patches, device=device()).repeat(2, 1)
     try:

@@ -179,6 +179,8 @@ def sweep(
         raise BadInput(f"method={method!r} is unknown: allowed are {', '.join(METHODS)}")
     if bool(grid) == bool(cells):
         raise BadInput("give either --grid KEY=V1,V2 (repeatable) or --cells FILE")
+    if panels and not cells:
+        raise BadInput("--panel needs --cells FILE, whose panels it names")
     from .sweep import choose, grid_cells, read_cells, summarise_cells
     from .sweep import sweep as sweep_all
 
@@ -204,7 +206,7 @@ def parse_seeds(text: str) -> list[int]:
         seeds = []
     if not seeds:
         raise BadInput(f"seeds={text!r} cannot be read: allowed are forms such as 0-4 or 1,3,5")
-    return seeds
+    return list(dict.fromkeys(seeds))
 
 
 @main.command()

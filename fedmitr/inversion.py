@@ -1,10 +1,11 @@
 """Sparse model inversion: an ensemble and labels in, images and their surviving patches out.
 
-Noise is optimised until the ensemble sees the wanted class in it. At each stop the patches that CLS
+Noise is optimised until its teacher sees the wanted class in it: one client that knows the class, or the
+ensemble (`inversion.teacher`). At each stop the patches that CLS
 attends to least leave for good: from then on they get no forward, no gradient, no update
 (method step 3; SMI, Hu et al. 2024). An empty schedule of stops is dense inversion.
 
-Only what the views show of surviving patches is differentiated: `pixels` cuts it out of the images and
+Only what the views show of surviving patches is differentiated: `_look` cuts it out of the images and
 says where it belongs, and the gradient of the regularisers is written out.
 """
 
@@ -89,10 +90,11 @@ def invert(
 ) -> SyntheticSet:
     """Invert one batch of target labels (B,): min_x CE(A(x_S), y) + a_tv TV(x) + a_l2 |x|² over Adam.
 
-    With a rival, a frozen student, `competition`·(1 − JS(ensemble, rival)) is added: images on which the
-    two disagree (Adaptive DeepInversion, Yin et al. 2020). recorded: how many of the images are pictured
-    on the way, in `history["frames"]`. progress is called with 1 after each iteration. The same arguments
-    give the same images.
+    A is the ensemble or, with `settings.teacher` = "owners", for each image one client drawn by its share
+    of the class. With a rival, a frozen student, `competition`·(1 − JS(A, rival)) is added: images on which
+    the two disagree (Adaptive DeepInversion, Yin et al. 2020). recorded: how many of the images are pictured
+    on the way, in `history["frames"]`. progress is called with 1 after each iteration. On CPUs the
+    same arguments give the same images; a CUDA device may round affine views' gradients differently.
     """
     rng, at, batch = generator(seed, "inversion"), labels.device, len(labels)
     teacher = Owners.draw(ensemble, labels, seed) if settings.teacher == "owners" else ensemble
@@ -165,6 +167,7 @@ def _look(
 ) -> View:
     """A random view of flat images (B, ch·H·W) on as many patches as are kept (B, M), or (1, M) for all.
 
+    It is rolled and mirrored or, with `augment`, which shifts as well, goes through an affine map instead.
     Returns its patches (B, M, ch·p·p), which want a gradient, their places (B, M) or (1, M), and a function
     that takes this gradient back to the images.
     """
@@ -210,9 +213,9 @@ def remaining(count: int, ratios: Sequence[float]) -> int:
 
 
 @torch.no_grad()
-def _survivors(ensemble: Ensemble, patches: Tensor, keep: Tensor, ratio: float) -> Tensor:
+def _survivors(teacher: Ensemble | Owners, patches: Tensor, keep: Tensor, ratio: float) -> Tensor:
     """Rows (B, M') of the patches that CLS attends to most, in grid order."""
-    importance = ensemble.importance(patches, keep)
+    importance = teacher.importance(patches, keep)
     count = remaining(patches.shape[1], [ratio])
     return importance.topk(count, dim=1).indices.sort(dim=1).values
 

@@ -43,7 +43,10 @@ def background_labels(ensemble: Ensemble, synthetic: SyntheticSet, temperature: 
 
 
 def relabel_tokens(ensemble: Ensemble, synthetic: SyntheticSet, settings: RelabelSettings) -> Tensor:
-    """Token targets (n, N, C) of a whole synthetic set, as distillation draws them view by view."""
+    """Token targets (n, N, C) of a whole synthetic set, as distillation draws them view by view.
+
+    Distillation itself asks the calibrated ensemble (`distill.calibrated`).
+    """
     of_background = background_labels(ensemble, synthetic, settings.temperature)
     parts = []
     for i in torch.arange(len(synthetic)).split(256):

@@ -152,10 +152,12 @@ class InversionSettings(Block):
     tv: NotNegative = setting(3e-3, "weight of the L2 total variation", "SMI: 1e-4")
     l2: NotNegative = setting(0.0, "weight of the squared norm of the pixels", "SMI")
     jitter: Annotated[float, Field(ge=0, lt=0.5)] = setting(
-        0.125, "largest shift of a view, of the side", "SMI"
+        0.125, "largest shift of a view, of the side, where augment is 0", "SMI"
     )
     augment: Share = setting(
-        0.7, "strength of random scale, rotation and shift of views, as in distillation", "ours; SMI: none"
+        0.7,
+        "strength of random scale, rotation and shift of views, as in distillation; 0: jitter instead",
+        "ours; SMI: none",
     )
     flip: bool = setting(False, "mirror views at random (letters and digits are not symmetric)", "SMI: true")
     background: Literal["keep", "zero", "noise", "mean"] = setting(

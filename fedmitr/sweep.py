@@ -37,11 +37,11 @@ def read_cells(path: Path) -> list[Cell]:
     try:
         tree = yaml.safe_load(path.read_text())
         return [
-            Cell(panel, str(name), {key: number(value) for key, value in (overrides or {}).items()})
+            Cell(str(panel), str(name), {str(k): number(v) for k, v in (overrides or {}).items()})
             for panel, cells in tree.items()
             for name, overrides in cells.items()
         ]
-    except (OSError, yaml.YAMLError, AttributeError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
         raise BadInput(f"cells={str(path)!r} is no YAML of panel: {{cell: {{setting: value}}}}") from error
 
 
@@ -65,8 +65,22 @@ def grid_cells(texts: Sequence[str]) -> list[Cell]:
             found = None
         if not found:
             raise BadInput(f"grid={text!r} is not of the form key=v1,v2")
+        if key.strip() in (name for axis in axes for name, _ in axis):
+            raise BadInput(f"grid={text!r}: {key.strip()!r} stands twice, allowed is once")
         axes.append([(key.strip(), number(value)) for value in found])
     return [Cell("grid", " ".join(f"{k}={v}" for k, v in chosen), dict(chosen)) for chosen in product(*axes)]
+
+
+def check_cells(cells: Sequence[Cell]) -> None:
+    """BadInput for no cell, for two of one name in a panel, and for a cell that sets the seed."""
+    if not cells:
+        raise BadInput("there are no cells to run: give at least one")
+    names = [(cell.panel, cell.name) for cell in cells]
+    twice = [name for panel, name in names if names.count((panel, name)) > 1]
+    if twice:
+        raise BadInput(f"cell={twice[0]!r} stands twice in its panel: allowed is once")
+    if any("seed" in cell.overrides for cell in cells):
+        raise BadInput("a cell sets 'seed': allowed are seeds for all cells (--seeds)")
 
 
 def sweep(
@@ -81,6 +95,7 @@ def sweep(
     """One row per cell and seed, as the CSV `out` too; finished runs come from the store."""
     if out:
         check_writable(out.parent, f"out={str(out)!r}")
+    check_cells(cells)
     grid = [
         (cell, Settings.load(profile, {**(overrides or {}), **cell.overrides, "seed": seed}))
         for cell in cells

@@ -303,6 +303,21 @@ def test_the_plain_loop_makes_the_same_images_as_ours(stops, double, monkeypatch
     assert (one - patchify(ours.history["frames"][0], (4, 4))[ours.mask]).abs().mean() > 0.5
 
 
+def test_the_plain_loop_runs_in_float32_beside_ours_in_bfloat16(monkeypatch):
+    plain, seen = bench.plain_loop(), set()
+    real = plain.invert_plainly
+
+    def record(vit, *args, **options):
+        seen.update(p.dtype for p in vit.parameters())
+        return real(vit, *args, **options)
+
+    monkeypatch.setattr(plain, "invert_plainly", record)
+    monkeypatch.setattr(bench, "plain_loop", lambda: plain)
+    report = bench.bench_inversion(precision="bf16", batch=2, iterations=1, threads=1, against="plain")
+    assert seen == {torch.float32} and report.precision == "bf16"
+    assert report.speedup_dense > 0 and report.speedup_sparse > 0
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 36, 64, 196, 576])
 def test_a_loop_that_rounds_down_keeps_as_many_patches_as_ours(count):
     ratios = (0.3,) * 4
@@ -325,13 +340,15 @@ def test_the_plain_loop_runs_as_published_and_leaves_no_trace(monkeypatch):
         return images, places
 
     monkeypatch.setattr(plain, "invert_plainly", record)
-    teacher = fm.Ensemble(bench.random_uploads("vit_micro", None, 1), EnsembleSettings(mode="mean_logits"))
-    runs = bench._Bench(teacher, 2, 1, plain)._measure()[0]
+    uploads = bench.random_uploads("vit_micro", None, 1)
+    teacher, vit = fm.Ensemble(uploads, EnsembleSettings(mode="mean_logits")), uploads[0].vit()
+    runs = bench._Bench(teacher, vit, 2, 1, plain)._measure()[0]
     assert needs == [True] * (2 * bench.ROUNDS)
     assert {key: len(values) for key, values in runs.items()} == {
         (who, kind): bench.ROUNDS for who in ("ours", "plain") for kind in ("dense", "sparse")
     }
-    assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+    for model in (teacher, vit):
+        assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), states[0]) and bench.random.getstate() == states[1]
 
 

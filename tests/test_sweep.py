@@ -61,7 +61,9 @@ def test_cells_of_a_file(tmp_path, one_line):
     with pytest.raises(BadInput) as error:
         choose(cells, ["one", "three"])
     one_line(error.value, "three", "one, two")
-    for text in ("[1, 2]", "a: {b: [", "a: 3"):
+    with pytest.raises(BadInput):
+        sweep([], [0])
+    for text in ("[1, 2]", "a: {b: [", "a: 3", "3"):
         file.write_text(text)
         with pytest.raises(BadInput) as error:
             read_cells(file)
@@ -131,7 +133,11 @@ def test_the_command_line_prints_cells_and_ends_with_json(asked, tmp_path):
         (["--grid", "seed=1", "--cells", "x.yaml"], "--grid"),
         (["--grid", "no.setting=1"], "no.setting"),
         (["--cells", "absent.yaml"], "absent.yaml"),
-        (["--grid", "seed=1", "--seeds", "x"], "seeds"),
+        (["--grid", "distill.steps=1", "--seeds", "x"], "seeds"),
+        (["--grid", "seed=1,2"], "seed"),
+        (["--grid", "distill.lr=1e-3,0.001"], "distill.lr=0.001"),
+        (["--grid", "distill.lr=1e-3", "--grid", "distill.lr=1e-4"], "distill.lr"),
+        (["--grid", "distill.lr=1e-3", "--panel", "skew"], "--panel"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(asked, words, name):

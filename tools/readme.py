@@ -15,6 +15,7 @@ import pandas as pd
 from fedmitr.compare import seconds_file, summarise
 from fedmitr.paths import default_store, home
 from fedmitr.runtime import native_bf16
+from fedmitr.settings import Settings
 
 RESULTS = home() / "results" / "comparison.csv"
 START, END = "<!-- results: ", "<!-- /results -->"
@@ -34,6 +35,8 @@ def accuracy_table(runs: pd.DataFrame) -> str:
 def times(store: Path, executed: Path) -> str:
     """Mean seconds of each stage over the stored runs, of all runs, and of the last `make reproduce`."""
     runs = [json.loads(p.read_text()) for p in store.glob("runs/*/result.json")]
+    usual = Settings.load("laptop").model_dump(mode="json") | {"seed": 0}
+    runs = [r for r in runs if r["settings"] | {"seed": 0} == usual]  # others are of sweeps and notebooks
     seconds = pd.DataFrame([r["seconds"] for r in runs if r["method"] in ("fedmitr", "central")]).mean()
     stages = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
     of_all = pd.read_csv(seconds_file(RESULTS))

@@ -118,8 +118,13 @@ class Student:
         train_student(self.vit, batches(), self.optimizer, self.schedule, self.settings, NO_TOKENS, progress)
 
     def _offset(self, teacher: Teacher) -> Tensor:
-        """Class offsets (C,) that fit the teacher to the labels of the pool."""
-        _, labels, logits = self.pool()
+        """Class offsets (C,) that fit the teacher to the labels of the pool; no pixels are kept for it."""
+        if self.settings.views:
+            labels, logits = map(torch.cat, list(zip(*self.views, strict=True))[1:])
+        else:
+            labels, logits = draw_views(
+                lambda pick: self._view(self.images, pick)[1:], len(self.images), 1, self.rng
+            )
         return fit_offset(teacher(logits.transpose(0, 1), labels), labels, self.calibrate)
 
     def _view(self, images: SyntheticSet, pick: Tensor) -> Batch:

@@ -1,19 +1,11 @@
 """What the paper claims, and what the shipped results say of it: one row per claim."""
 
 import pandas as pd
-from scipy import stats
 
-from .compare import NAMES, REFERENCE, REFERENCES, SEVERAL
+from .compare import NAMES, REFERENCE, REFERENCES, SEVERAL, paired
 
 HOLDS, FAILS, OPEN, UNTESTED = "holds", "does not hold", "not decided by these seeds", "not tested here"
 COLUMNS = ("claim", "what was run", "result", "verdict")
-
-
-def paired(one: pd.Series, other: pd.Series) -> tuple[float, float, float]:
-    """Mean of one − other over common seeds, and its 95 % interval (Student's t)."""
-    gap = (one - other).dropna()
-    half = gap.std() / len(gap) ** 0.5 * stats.t.ppf(0.975, max(1, len(gap) - 1))
-    return gap.mean(), gap.mean() - half, gap.mean() + half
 
 
 def judge(low: float, high: float) -> str:
@@ -57,7 +49,8 @@ def claims(runs: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
     }  # fmt: skip
     rows = []
     for claim, (one, other, what, where) in differences.items():
-        mean, low, high = paired(one, other)
+        mean, half = paired(one, other)
+        low, high = mean - half, mean + half
         result = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
         rows.append((claim, f"{what}; {where}", result, judge(low, high)))
     rows.append(("Less gradient variance, a tighter stability bound", "", "", UNTESTED))

@@ -12,9 +12,8 @@ from typing import Any
 
 import pandas as pd
 import yaml
-from scipy import stats
 
-from .compare import COLUMNS, compare
+from .compare import COLUMNS, compare, paired
 from .errors import BadInput
 from .settings import Settings, number
 from .store import check_writable, write_csv
@@ -123,8 +122,7 @@ def summarise_cells(table: pd.DataFrame) -> pd.DataFrame:
         wide = runs.pivot(index="seed", columns="cell", values="accuracy")
         first = runs["cell"].iloc[0]
         for cell in dict.fromkeys(runs["cell"]):
-            gap = (wide[cell] - wide[first]) if cell != first else wide[cell] * float("nan")
-            half = gap.std() / len(gap) ** 0.5 * stats.t.ppf(0.975, max(1, len(gap) - 1))
+            gap, half = paired(wide[cell], wide[first] if cell != first else float("nan"))
             row = {"panel": panel, "cell": cell, "seeds": len(wide), "mean": wide[cell].mean()}
-            rows.append(row | {"std": wide[cell].std(), "minus first": gap.mean(), "± 95 %": half})
+            rows.append(row | {"std": wide[cell].std(), "minus first": gap, "± 95 %": half})
     return pd.DataFrame(rows).set_index(["panel", "cell"])

@@ -24,6 +24,7 @@ def test_the_table_is_that_of_the_shipped_results():
     text = README.read_text()
     assert tool().caption(runs) in text
     assert tool().accuracy_table(runs) in text
+    assert tool().verdict(runs) in text
 
 
 def test_the_shipped_results_hold_every_method_on_five_seeds():

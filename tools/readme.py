@@ -32,6 +32,14 @@ def accuracy_table(runs: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def verdict(runs: pd.DataFrame) -> str:
+    """Which methods the seeds tell apart from FedMITR, and which not."""
+    table = summarise(runs).drop("fedmitr")
+    unclear = table["minus fedmitr"].abs() <= table["± 95 %"]
+    same, other = (", ".join(table[rows].index) or "none" for rows in (unclear, ~unclear))
+    return f"These seeds do not tell FedMITR apart from {same}; they do from {other}."
+
+
 def times(store: Path, executed: Path) -> str:
     """Mean seconds of each stage over the stored runs, of all runs, and of the last `make reproduce`."""
     runs = [json.loads(p.read_text()) for p in store.glob("runs/*/result.json")]
@@ -76,7 +84,7 @@ def main() -> None:
     runs = pd.read_csv(RESULTS)
     measured = times(default_store(), home() / "notebooks" / "executed" / "laptop")
     readme = home() / "README.md"
-    text = f"{caption(runs)}\n\n{accuracy_table(runs)}\n\n{measured}"
+    text = f"{caption(runs)}\n\n{accuracy_table(runs)}\n\n{verdict(runs)}\n\n{measured}"
     readme.write_text(fill(readme.read_text(), text))
 
 

@@ -127,7 +127,8 @@ def train_student(
             progress(1)
     if not all(torch.isfinite(p).all() for p in student.parameters()):
         raise BadInput(
-            f"distill.lr={settings.lr}: the student diverged to NaN or Inf; allowed is a lower rate"
+            f"distill.lr={settings.lr} (student_lr of another method): the student diverged to NaN or Inf; "
+            "allowed is a lower rate"
         )
     return student.eval()
 

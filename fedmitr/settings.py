@@ -196,7 +196,7 @@ class DistillSettings(Block):
 
     steps: Count = setting(400, "student steps")
     batch_size: Count = setting(64, "synthetic images a step")
-    lr: Positive = setting(3e-4, "peak learning rate of AdamW, one cycle")
+    lr: Positive = setting(6e-4, "peak learning rate of AdamW, one cycle; FedMITR alone")
     weight_decay: NotNegative = setting(0.05, "AdamW's", "DeiT")
     start: Literal["average", "initial"] = setting("average", "student's start", "choice")
     temperature: Positive = setting(1.0, "T of the distillation loss", "choice")
@@ -232,9 +232,14 @@ def of_offsets(default: float) -> Any:
     )
 
 
-class RivalSettings(Block):
-    """What every other method that distils has: FedMITR's gains on its labels, where validation says so."""
+# Of the `distill` block; every other method that distils has its own (`RivalSettings`) or no use for it.
+FEDMITR_ALONE = {"lr", "ce_weight", "calibrate", "token_weight"}
 
+
+class RivalSettings(Block):
+    """What every other method that distils has: FedMITR's gains where validation says so, and its own rate."""
+
+    student_lr: Positive = setting(3e-4, "peak learning rate of its student")
     ce_weight: NotNegative = of_labels(0.0)
     calibrate: NotNegative = of_offsets(0.0)
 

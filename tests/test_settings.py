@@ -25,7 +25,7 @@ def test_every_block_of_the_rooms_is_there():
 
 def test_every_method_with_a_generator_has_its_settings():
     shared = {"rounds", "generator_steps", "lr", "latent", "width", "images", "student_steps"}
-    shared |= {"ce_weight", "calibrate"}
+    shared |= {"student_lr", "ce_weight", "calibrate"}
     own = {
         "fdafl": {"batch_size", "activation", "entropy"},
         "dense": {"disagreement", "temperature"},

@@ -14,7 +14,7 @@ from ..distill import Batch, draw_views, epochs, rows_of, student_optimizer, tra
 from ..ensemble import Ensemble, fit_offset
 from ..inversion import SyntheticSet, load_synthetic, save_synthetic
 from ..runtime import device, generator
-from ..settings import GeneratorSettings, RelabelSettings, RivalSettings, Settings
+from ..settings import FEDMITR_ALONE, GeneratorSettings, RelabelSettings, RivalSettings, Settings
 from ..store import Store, fingerprint, read_tensors, write_json, write_tensors
 from ..upload import Upload, average_weights
 from ..vit import create_vit, kept_patches, weights_digest
@@ -62,9 +62,9 @@ class Student:
         self.ensemble = Ensemble(uploads, settings.ensemble).to(device())
         self.vit = student_start(uploads, settings)
         own = getattr(settings, method, RivalSettings())  # a method of your own has no block
-        self.settings = settings.distill.model_copy(update={"ce_weight": own.ce_weight})
+        self.settings = settings.distill.model_copy(update={"ce_weight": own.ce_weight, "lr": own.student_lr})
         self.calibrate, self.change = own.calibrate, change
-        self.optimizer, self.schedule = student_optimizer(self.vit, settings.distill, steps)
+        self.optimizer, self.schedule = student_optimizer(self.vit, self.settings, steps)
         self.rng = generator(settings.seed, method, "distill")
         self.parts: list[SyntheticSet] = []
         self.views: list[Batch] = []
@@ -157,7 +157,8 @@ def stored(
     method: str, uploads: Sequence[Upload], settings: Settings, store: Store, make: Callable[[], Outcome]
 ) -> Outcome:
     """A method's one student from the store, or made and kept with its images and its account."""
-    blocks = [getattr(settings, b).model_dump() for b in ("ensemble", "inversion", "distill", method)]
+    blocks = [getattr(settings, b).model_dump() for b in ("ensemble", "inversion", method)]
+    blocks.append(settings.distill.model_dump(exclude=FEDMITR_ALONE))
     shared = [weights_digest(settings.model), settings.budget, settings.seed]
     key = fingerprint(method, [u.digest for u in uploads], blocks, shared)
 

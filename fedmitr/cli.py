@@ -76,12 +76,12 @@ jobs_option = click.option(
 
 
 def settings_options(command):
-    """The options that say what is run, shared by `run`, `compare` and `sweep`."""
+    """The options that say what is run, shared by `run`, `compare` (--alpha: several) and `sweep`."""
     options = [
         click.option("--profile", default="laptop", show_default=True, metavar="P", help=", ".join(PROFILES)),
         click.option("--task", metavar="T", help="task.name"),
         click.option("--clients", metavar="K", help="partition.clients"),
-        click.option("--alpha", metavar="A", help="partition.alpha"),
+        click.option("--alpha", metavar="A", help="partition.alpha; for compare A,B,… too"),
         click.option(
             "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable."
         ),
@@ -140,20 +140,21 @@ def run(method, profile, task, clients, alpha, seed, assignments, store, as_json
 @click.option("--json", "as_json", is_flag=True, help="Last line of stdout: the table as one JSON object.")
 @settings_options
 def compare(methods, seeds, profile, task, clients, alpha, assignments, store, out, as_json) -> None:
-    """Several methods on the same clients, over several seeds."""
+    """Several methods on the same clients, over several seeds (and skews)."""
     chosen = [m.strip() for m in methods.split(",")]
     unknown = [m for m in chosen if m not in METHODS]
     if unknown:
         raise BadInput(f"method={unknown[0]!r} is unknown: allowed are {', '.join(METHODS)}")
     settings = [
-        read_settings(profile, assignments, task=task, clients=clients, alpha=alpha, seed=str(seed))
+        read_settings(profile, assignments, task=task, clients=clients, alpha=each, seed=str(seed))
+        for each in (alpha.split(",") if alpha else [None])
         for seed in parse_seeds(seeds)
     ]
     from .compare import compare as compare_all
-    from .compare import summarise
+    from .compare import summarise, summarise_skews
 
     runs = compare_all(chosen, settings, store, out)
-    table = summarise(runs)
+    table = summarise(runs) if runs["alpha"].nunique() == 1 else summarise_skews(runs)
     click.echo(table.to_string(float_format="{:.3f}".format))
     if as_json:
         table = table.astype(object).where(table.notna(), None).reset_index()  # JSON knows no NaN

@@ -90,7 +90,7 @@ def seconds_file(out: Path) -> Path:
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
-    """Per method: mean and std of accuracy over seeds, and the paired difference to FedMITR.
+    """Per method, at one skew: mean and std of accuracy over seeds, and the paired difference to FedMITR.
 
     The difference is this method minus FedMITR on the same seeds, with the half width of its 95 %
     interval from Student's t; NaN where there is no FedMITR run or only one seed.
@@ -102,6 +102,20 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
         gap, half = paired(wide[method], wide[REFERENCE] if REFERENCE in wide else float("nan"))
         rows.append(row | {"minus fedmitr": gap, "± 95 %": half})
     return pd.DataFrame(rows).set_index("method")
+
+
+def summarise_skews(runs: pd.DataFrame) -> pd.DataFrame:
+    """`summarise` for each Dirichlet alpha by itself, indexed by alpha and method."""
+    return pd.concat({alpha: summarise(some) for alpha, some in runs.groupby("alpha")}, names=["alpha"])
+
+
+def skew_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """Methods, best first by their mean over alphas, against alphas: mean ± std and `interval`, as text."""
+    table = summarise_skews(runs)
+    cells = [f"{row['mean']:.3f} ± {row['std']:.3f}, {interval(row)}" for _, row in table.iterrows()]
+    text = pd.Series(cells, table.index).str.removesuffix(", ").unstack("alpha")
+    order = table["mean"].groupby("method").mean().sort_values(ascending=False).index
+    return text.loc[order].rename(columns="α = {:g}".format)
 
 
 def paired(one: pd.Series, other: pd.Series | float) -> tuple[float, float]:
@@ -143,7 +157,7 @@ def account_table(runs: pd.DataFrame, seconds: pd.DataFrame) -> pd.DataFrame:
         times = cost["inference_flops"] / costs["inference_flops"].min()
         rows[NAMES[method] + " *" * (method in SEVERAL)] = {
             "accuracy": f"{score['mean']:.3f}" + ("" if alone else f" ± {score['std']:.3f}"),
-            "minus FedMITR [95 %]": "" if method == REFERENCE else interval(score),
+            "minus FedMITR [95 %]": interval(score),
             "exchanges": f"{cost['exchanges']:.0f}",
             "MB up": f"{cost['upload_bytes'] / 1e6:.2f}",
             "MB down": f"{cost['download_bytes'] / 1e6:.2f}",
@@ -157,6 +171,6 @@ def account_table(runs: pd.DataFrame, seconds: pd.DataFrame) -> pd.DataFrame:
 
 
 def interval(score: pd.Series) -> str:
-    """The paired difference of a row of `summarise` with its interval; empty where it has none."""
+    """The paired difference of a row of `summarise` with its interval; empty without one, and for FedMITR."""
     gap, half = score["minus fedmitr"], score["± 95 %"]
-    return "" if pd.isna(half) else f"{gap:+.3f} [{gap - half:+.3f}, {gap + half:+.3f}]"
+    return "" if pd.isna(half) or gap == half == 0 else f"{gap:+.3f} [{gap - half:+.3f}, {gap + half:+.3f}]"

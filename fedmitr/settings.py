@@ -237,7 +237,7 @@ FEDMITR_ALONE = {"lr", "ce_weight", "calibrate", "token_weight"}
 
 
 class RivalSettings(Block):
-    """What every other method that distils has: FedMITR's gains where validation says so, and its own rate."""
+    """What every other method that distils has: its rate, and FedMITR's gains where validation says so."""
 
     student_lr: Positive = setting(3e-4, "peak learning rate of its student")
     ce_weight: NotNegative = of_labels(0.0)

@@ -312,6 +312,18 @@ def test_compare_writes_one_row_per_run_and_the_summary(store, first, tmp_path, 
     assert [row["accuracy"] for row in table["runs"]] == pytest.approx(list(rows["accuracy"]), abs=1e-6)
 
 
+def test_compare_goes_over_several_skews(store, tmp_path):
+    words = ["compare", "--methods", "fedavg,local", "--seeds", "3", "--alpha", "0.1,0.3", "--json", *TINY]
+    table = answer(*words, "--store", store)
+    assert [(r["alpha"], r["method"]) for r in table["summary"]] == [
+        (0.1, "fedavg"),
+        (0.1, "local"),
+        (0.3, "fedavg"),
+        (0.3, "local"),
+    ]
+    assert [row["accuracy"] for row in table["runs"]] == [row["mean"] for row in table["summary"]]
+
+
 def test_compare_goes_over_seeds_with_the_same_clients_for_every_method(store, first, tmp_path):
     out = tmp_path / "runs.csv"
     done = fedmitr(

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from fedmitr import experiment
-from fedmitr.compare import summarise
+from fedmitr.compare import interval, skew_table, summarise, summarise_skews
 from fedmitr.errors import BadInput
 from fedmitr.settings import PartitionSettings, Settings
 
@@ -54,6 +54,25 @@ def test_mean_and_deviation_are_over_the_seeds(runs):
 def test_the_order_of_the_rows_does_not_matter(runs):
     shuffled = runs.sample(frac=1, random_state=1)
     pd.testing.assert_frame_equal(summarise(shuffled).sort_index(), summarise(runs).sort_index())
+
+
+def test_several_alphas_are_summarised_each_by_itself(runs):
+    harder = runs.assign(alpha=0.05, accuracy=runs["accuracy"] / 2)
+    table = summarise_skews(pd.concat([runs, harder]))
+    pd.testing.assert_frame_equal(table.loc[0.1], summarise(runs))
+    pd.testing.assert_frame_equal(table.loc[0.05], summarise(harder))
+
+
+def test_the_table_of_skews_says_what_the_summaries_say(runs):
+    harder = runs.assign(alpha=0.05, accuracy=runs["accuracy"] / 2)
+    table = skew_table(pd.concat([runs, harder]))
+    assert list(table.columns) == ["α = 0.05", "α = 0.1"]
+    assert list(table.index) == list(summarise(runs).sort_values("mean", ascending=False).index)
+    for some, column in ((harder, "α = 0.05"), (runs, "α = 0.1")):
+        for method, row in summarise(some).iterrows():
+            said = f"{row['mean']:.3f} ± {row['std']:.3f}"
+            said += "" if method == "fedmitr" else f", {interval(row)}"
+            assert table.loc[method, column] == said
 
 
 def test_without_fedmitr_or_with_one_seed_there_is_no_interval(runs):

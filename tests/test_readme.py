@@ -25,12 +25,22 @@ def test_the_table_is_that_of_the_shipped_results():
     assert tool().caption(runs) in text
     assert tool().accuracy_table(runs) in text
     assert tool().verdict(runs) in text
+    assert tool().skews_table(pd.read_csv(home() / "results" / "skews.csv")) in text
 
 
-def test_the_shipped_results_hold_every_method_on_five_seeds():
-    runs = pd.read_csv(home() / "results" / "comparison.csv")
-    assert (runs.groupby("method")["seed"].nunique() >= 5).all()
-    assert set(runs["method"]) == set(METHODS)
+def test_the_shipped_results_hold_every_method_on_five_seeds_or_more():
+    runs, skews = (pd.read_csv(home() / "results" / f"{name}.csv") for name in ("comparison", "skews"))
+    assert (runs.groupby("method")["seed"].nunique() >= 10).all()
+    assert (skews.groupby(["alpha", "method"])["seed"].nunique() >= 5).all()
+    assert set(runs["method"]) == set(skews["method"]) == set(METHODS)
+    assert {0.05, 0.1, 0.3} == set(skews["alpha"])
+
+
+def test_at_the_default_skew_both_files_say_the_same():
+    runs, skews = (pd.read_csv(home() / "results" / f"{name}.csv") for name in ("comparison", "skews"))
+    both = runs.merge(skews, on=["method", "alpha", "seed"], suffixes=("", " there"))
+    assert len(both) == (skews["alpha"] == 0.1).sum()
+    assert (both["accuracy"] == both["accuracy there"]).all()
 
 
 def test_fill_replaces_only_what_lies_between_the_markers():

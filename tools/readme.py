@@ -1,4 +1,4 @@
-"""Write the README's results: accuracies from results/comparison.csv, times from the run store.
+"""Write the README's results: accuracies from results/{comparison,skews}.csv, times from the run store.
 
 python tools/readme.py            run by `make results`, after `fedmitr compare` and `make reproduce`
 """
@@ -12,12 +12,13 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
-from fedmitr.compare import seconds_file, summarise
+from fedmitr.compare import interval, seconds_file, skew_table, summarise
 from fedmitr.paths import default_store, home
 from fedmitr.runtime import native_bf16
 from fedmitr.settings import Settings
 
 RESULTS = home() / "results" / "comparison.csv"
+SKEWS = home() / "results" / "skews.csv"
 START, END = "<!-- results: ", "<!-- /results -->"
 
 
@@ -26,9 +27,19 @@ def accuracy_table(runs: pd.DataFrame) -> str:
     table = summarise(runs).sort_values("mean", ascending=False)
     lines = ["| method | test accuracy, mean ± std | minus FedMITR, mean [95 %] |", "|---|---|---|"]
     for method, row in table.iterrows():
-        low, high = row["minus fedmitr"] - row["± 95 %"], row["minus fedmitr"] + row["± 95 %"]
-        gap = "" if method == "fedmitr" else f"{row['minus fedmitr']:+.3f} [{low:+.3f}, {high:+.3f}]"
-        lines.append(f"| {method} | {row['mean']:.3f} ± {row['std']:.3f} | {gap} |")
+        lines.append(f"| {method} | {row['mean']:.3f} ± {row['std']:.3f} | {interval(row)} |")
+    return "\n".join(lines)
+
+
+def skews_table(runs: pd.DataFrame) -> str:
+    """`skew_table` in Markdown, under a line that says which seeds."""
+    table, seeds = skew_table(runs), sorted(runs["seed"].unique())
+    lines = [
+        f"The same at other skews, seeds {seeds[0]} to {seeds[-1]}: mean ± std, minus FedMITR [95 %].",
+        "",
+    ]
+    lines += ["| method | " + " | ".join(table.columns) + " |", "|---" * (len(table.columns) + 1) + "|"]
+    lines += [f"| {method} | " + " | ".join(row) + " |" for method, row in table.iterrows()]
     return "\n".join(lines)
 
 
@@ -84,7 +95,8 @@ def main() -> None:
     runs = pd.read_csv(RESULTS)
     measured = times(default_store(), home() / "notebooks" / "executed" / "laptop")
     readme = home() / "README.md"
-    text = f"{caption(runs)}\n\n{accuracy_table(runs)}\n\n{verdict(runs)}\n\n{measured}"
+    skews = skews_table(pd.read_csv(SKEWS))
+    text = f"{caption(runs)}\n\n{accuracy_table(runs)}\n\n{verdict(runs)}\n\n{skews}\n\n{measured}"
     readme.write_text(fill(readme.read_text(), text))
 
 

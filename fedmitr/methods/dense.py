@@ -11,8 +11,9 @@ the implementation that Co-Boosting's authors published beside theirs).
 
 What a ViT changes: it has no batch normalisation, so there are no statistics to match and L_BN is
 absent; nothing takes its place. The student starts where every method's does (`distill.start`), views
-and optimiser are those of the `distill` block (at a rate of its own), and A is the run's ensemble. Ours: the images' labels
-enter the student's loss (`dense.ce_weight`) and give A class offsets (`dense.calibrate`).
+and optimiser are those of the `distill` block (at a rate of its own), and A is the run's ensemble. Ours:
+the images' labels enter the student's loss (`dense.ce_weight`) and give A class offsets
+(`dense.calibrate`).
 """
 
 from collections.abc import Callable, Sequence

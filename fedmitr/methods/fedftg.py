@@ -15,9 +15,9 @@ for y weighs the clients by α^y. So every upload carries its class histogram. P
 
 What changes here: one exchange, and no batch normalisation in a ViT (nor does FedFTG need any). The
 generator adds its share of the synthetic images to the pool after each round, so that the budget is
-that of every other method; the student's start, views and optimiser are those of the `distill` block (its rate its own),
-its loss is KL to Σ_k α_k^y p_k. Distances are means over entries, the noise's squared, as in the
-official code.
+that of every other method; the student's start, views and optimiser are those of the `distill` block
+(at a rate of its own), its loss is KL to Σ_k α_k^y p_k. Distances are means over entries, the noise's
+squared, as in the official code.
 """
 
 from collections.abc import Sequence

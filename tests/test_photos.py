@@ -404,6 +404,8 @@ def test_limit_draws_training_images_of_each_class_and_leaves_the_rest(folder, n
         assert torch.equal(a.images[:], b.images[:])
     sets = [{image.numpy().tobytes() for image in t.train.images[:]} for t in (two, four, whole, other)]
     assert sets[0] < sets[1] < sets[2] and sets[3] != sets[1]
+    first = [(whole.train.labels == c).nonzero()[:2, 0] for c in range(3)]
+    assert not sets[0] >= {i.numpy().tobytes() for i in whole.train.images[torch.cat(first)]}  # drawn
 
 
 # The named tasks of plain folders.

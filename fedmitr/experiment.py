@@ -24,8 +24,9 @@ from .metrics import accuracy, accuracy_per_class, inference_flops
 from .parallel import jobs, parallel
 from .partition import partition
 from .paths import default_store
+from .photos import num_classes
 from .runtime import progress, versions
-from .settings import TASKS, Settings
+from .settings import Settings
 from .store import Store, fingerprint, write_json
 from .tasks import Split, Task, load_task
 from .upload import Upload
@@ -80,7 +81,7 @@ class Experiment:
         model = self.settings.model
         return create_vit(
             model.name,
-            TASKS[self.settings.task.name],
+            num_classes(self.settings.task),
             pretrained=model.pretrained,
             checkpoint=model.checkpoint,
             image_size=model.image_size,
@@ -88,13 +89,14 @@ class Experiment:
 
     @cached_property
     def task(self) -> Task:
-        size = self.initial.patch_embed.img_size[0]
-        return load_task(self.settings.task, self.settings.seed, size, normalisation(self.initial))
+        size, stats = self.initial.patch_embed.img_size[0], normalisation(self.initial)
+        return load_task(self.settings.task, self.settings.seed, size, stats, self.store.root / "tasks")
 
     @cached_property
     def shards(self) -> list[Tensor]:
         """Index tensors into the training split, one per client."""
-        return partition(self.task.train.labels, self.settings.partition, self.settings.seed)
+        train = self.task.train
+        return partition(train.labels, self.settings.partition, self.settings.seed, train.domains)
 
     @cached_property
     def uploads(self) -> list[Upload]:
@@ -189,11 +191,16 @@ class Experiment:
         s = self.settings
         return [
             s.seed,
-            s.task.model_dump(),
+            *self._data,
             s.client.model_dump(),
             s.model.model_dump(),
             weights_digest(s.model),
         ]
+
+    @property
+    def _data(self) -> list[Any]:
+        """What the task's images are: settings, and what the files are, wherever they lie."""
+        return [self.settings.task.model_dump(exclude={"data_dir", "download"}), self.task.digest]
 
     def outcome(self, method: str) -> Outcome:
         """What a method leaves behind: its models, its synthetic images, its account."""
@@ -223,7 +230,7 @@ class Experiment:
         made_by = [[u.digest for u in self.uploads], self.settings.ensemble.model_dump()]
         return self.store.get(
             "references",
-            fingerprint("references", made_by, self.settings.seed, self.settings.task.model_dump()),
+            fingerprint("references", made_by, self.settings.seed, *self._data),
             read=lambda folder: json.loads((folder / "scores.json").read_text()),
             make=lambda: {n: [accuracy(m, test) for m in self.outcome(n).models] for n in names},
             write=lambda scores, folder: write_json(folder / "scores.json", scores),
@@ -233,7 +240,8 @@ class Experiment:
         """Run a method and evaluate it and its references on the test split."""
         s, test = self.settings, self.task.test
         made_by = [] if str(METHODS[method].__module__).startswith("fedmitr.") else code_text(METHODS[method])
-        key = fingerprint("run", method, made_by, [u.digest for u in self.uploads], s.model_dump())
+        uploads = [u.digest for u in self.uploads]
+        key = fingerprint("run", method, made_by, uploads, s.model_dump(), self.task.digest)
         return self.store.get(
             "runs",
             key,

@@ -11,11 +11,14 @@ from .settings import PartitionSettings
 REDRAWS = 500
 
 
-def partition(labels: Tensor, settings: PartitionSettings, seed: int) -> list[Tensor]:
+def partition(
+    labels: Tensor, settings: PartitionSettings, seed: int, domains: Tensor | None = None
+) -> list[Tensor]:
     """Split n labelled images among K clients: K sorted index tensors that cover 0..n-1 once each.
 
-    Raises BadInput when the clients want more images than there are, or a scheme that deals classes or
-    equal parts leaves a client fewer than `min_size`.
+    domains (n,): the domain of each image, which scheme=domain needs. Raises BadInput when the clients
+    want more images than there are, or a scheme that deals classes, equal parts or domains leaves a client
+    fewer than `min_size`.
     """
     targets = labels.numpy()
     least = max(1, settings.min_size)
@@ -25,7 +28,10 @@ def partition(labels: Tensor, settings: PartitionSettings, seed: int) -> list[Te
             f"{settings.clients * least} images: allowed are up to {len(targets) // least} clients here"
         )
     rng = np.random.default_rng(derive_seed(seed, "partition"))
-    shards = SCHEMES[settings.scheme](targets, settings, rng)
+    if settings.scheme == "domain":
+        shards = _by_domain(domains, settings)
+    else:
+        shards = SCHEMES[settings.scheme](targets, settings, rng)
     smallest = min(map(len, shards))
     if smallest < least:
         raise BadInput(
@@ -86,6 +92,20 @@ def _class_shards(
         for client, part in zip(holders, np.array_split(members, len(holders)), strict=True):
             shards[client].append(part)
     return [np.concatenate(s) for s in shards]
+
+
+def _by_domain(domains: Tensor | None, settings: PartitionSettings) -> list[np.ndarray]:
+    """Client k holds domain k: what differs is how things look (feature skew), not which there are."""
+    if domains is None:
+        raise BadInput(
+            "partition.scheme='domain' needs a task with domains: allowed is task.name=office-home"
+        )
+    count = int(domains.max()) + 1
+    if settings.clients != count:
+        raise BadInput(
+            f"partition.clients={settings.clients} with scheme=domain: allowed is {count}, one a domain"
+        )
+    return [np.flatnonzero(domains.numpy() == k) for k in range(count)]
 
 
 SCHEMES = {"dirichlet": _dirichlet, "shards": _class_shards, "iid": _iid, "quantity": _quantity}

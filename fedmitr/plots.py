@@ -281,7 +281,7 @@ def attention(split: Split, importance: Tensor, mask: Tensor, stats: tuple[Tenso
     """Real scenes with their true foreground, CLS attention (n, N), and the patches (n, N) stops keep."""
     count = len(split)
     figure, axes = picture_grid(3, count, cell=1.0, left=1.1, right=0.8)
-    for column, image in enumerate(pixels(split.images, stats)):
+    for column, image in enumerate(pixels(split.images[:], stats)):
         draw_image(axes[0, column], image)
         axes[0, column].contour(split.foreground[column, 0], [0.5], colors=[SKY], linewidths=1.2)
         heat = axes[1, column].imshow(

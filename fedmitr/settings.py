@@ -13,7 +13,18 @@ from .errors import BadInput
 from .paths import shipped
 
 PROFILES = ("smoke", "laptop", "paper")
-TASKS = {"digits": 10, "digits-plain": 10}  # name -> number of classes
+# name -> number of classes; None: read from the folder
+TASKS = {
+    "digits": 10,
+    "digits-plain": 10,
+    "cifar10": 10,
+    "cifar100": 100,
+    "svhn": 10,
+    "tiny-imagenet": 200,
+    "mini-imagenet": 100,
+    "office-home": 65,
+    "image-folder": None,
+}
 METHODS = (
     "fedmitr",
     "fedavg",
@@ -60,8 +71,18 @@ class TaskSettings(Block):
         (0.55, 0.75), "smallest and largest side of a digit, of the scene's"
     )
     degrees: NotNegative = setting(15.0, "largest rotation of a digit, degrees")
-    validation: OpenShare = setting(0.1, "share of the images held out for validation")
-    test: OpenShare = setting(0.25, "share of the images held out for the test")
+    data_dir: str | None = setting(
+        None, "folder of the images; for cifar10, cifar100 and svhn by default data/downloads"
+    )
+    download: bool = setting(False, "let torchvision download cifar10, cifar100 or svhn to data_dir")
+    validation: OpenShare = setting(
+        0.1,
+        "share held out for validation: of all images, or of training images where the test part is given",
+    )
+    test: OpenShare = setting(0.25, "share held out for the test, unless the task has a test part of its own")
+    limit: int | None = setting(
+        None, "most training images of a class, drawn by the seed; validation and test stay whole", ge=1
+    )
 
     @model_validator(mode="after")
     def _scale_rises(self):
@@ -73,7 +94,9 @@ class TaskSettings(Block):
 class PartitionSettings(Block):
     """Who holds what."""
 
-    scheme: Literal["dirichlet", "shards", "iid", "quantity"] = setting("dirichlet", "how classes are spread")
+    scheme: Literal["dirichlet", "shards", "iid", "quantity", "domain"] = setting(
+        "dirichlet", "how classes are spread; domain: one domain a client (office-home)"
+    )
     clients: Count = setting(5, "number of clients K", "paper")
     alpha: Positive = setting(0.1, "Dirichlet concentration; small is extreme skew", "paper")
     classes_per_client: Count = setting(2, "classes a client holds, scheme=shards", "McMahan et al. 2017")

@@ -12,7 +12,7 @@ import torch
 import fedmitr
 
 PACKAGE = Path(fedmitr.__file__).parent
-FORBIDDEN = {"tasks", "partition", "client"}
+FORBIDDEN = {"photos", "tasks", "partition", "client"}
 SERVER = ["upload", "ensemble", "attention", "pixels", "inversion", "relabel", "distill", "fuse"]
 SERVER += sorted(f"methods.{p.stem}" for p in (PACKAGE / "methods").glob("*.py") if p.stem != "__init__")
 SERVER += ["methods.__init__"]

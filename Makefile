@@ -1,5 +1,5 @@
 # make setup       the environment, in .venv
-# make reproduce   every notebook, figure and table (PROFILE=smoke|laptop|paper)
+# make reproduce   every notebook, figure and table (PROFILE=smoke|laptop|gpu|paper)
 # make test        every check
 # make results     the README's tables: every method on ten seeds, and on five at other skews, about 45 minutes
 # make ablations   notebook 06's table: every cell of results/ablations.yaml on five seeds
@@ -22,7 +22,7 @@ STAMP := $(VENV)/.installed
 unexport MPLBACKEND
 
 help:
-	@echo "make setup | reproduce [PROFILE=smoke|laptop|paper] | test | results | ablations | lint | format | weights | clean"
+	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | results | ablations | lint | format | weights | clean"
 
 setup: $(STAMP)
 

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,28 @@ jobs_option = click.option(
 )
 
 
+def set_backend(context: click.Context, option: click.Parameter, value: str | None) -> None:
+    """--backend and --cluster are the environment's FEDMITR_BACKEND and FEDMITR_CLUSTER."""
+    if value is not None:
+        os.environ[f"FEDMITR_{option.name.upper()}"] = value
+
+
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(["loky", "dask", "ray"]),
+    callback=set_backend,
+    expose_value=False,
+    help="What starts the workers; default loky, processes here. All give the same results.",
+)
+cluster_option = click.option(
+    "--cluster",
+    callback=set_backend,
+    expose_value=False,
+    metavar="ADDRESS",
+    help="A Dask or Ray cluster that runs already and sees the store; else one is started here.",
+)
+
+
 def settings_options(command):
     """The options that say what is run, shared by `run`, `compare` (--alpha: several) and `sweep`."""
     options = [
@@ -89,6 +112,8 @@ def settings_options(command):
             "--store", type=click.Path(path_type=Path), help="Folder of artefacts; default data/store."
         ),
         jobs_option,
+        backend_option,
+        cluster_option,
     ]
     for option in reversed(options):
         command = option(command)
@@ -110,12 +135,18 @@ def read_settings(profile: str, assignments: tuple[str, ...], **named: str | Non
 @click.option("--method", required=True, metavar="M", help=", ".join(METHODS))
 @click.option("--seed", metavar="S", help="Fixes everything random.")
 @click.option("--json", "as_json", is_flag=True, help="Last line of stdout: the result as one JSON object.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print the plan (stages, operations, memory, bytes); run nothing."
+)
 @settings_options
-def run(method, profile, task, clients, alpha, seed, assignments, store, as_json) -> None:
+def run(method, profile, task, clients, alpha, seed, assignments, store, as_json, dry_run) -> None:
     """Run one method once."""
     if method not in METHODS:
         raise BadInput(f"method={method!r} is unknown: allowed are {', '.join(METHODS)}")
     settings = read_settings(profile, assignments, task=task, clients=clients, alpha=alpha, seed=seed)
+    if dry_run:
+        tell_plan(method, settings, as_json)
+        return
     from .experiment import run as run_one
 
     result = run_one(method, settings, store)
@@ -131,6 +162,21 @@ def run(method, profile, task, clients, alpha, seed, assignments, store, as_json
     )
     click.echo(f"best client alone {result.best_local_accuracy:.3f}")
     click.echo(f"  uplink {result.upload_bytes / 1e6:.2f} MB · seconds {result.seconds}")
+
+
+def tell_plan(method: str, settings: Settings, as_json: bool) -> None:
+    """What a run would do, computed from shapes: nothing is loaded, downloaded or trained."""
+    from .plan import plan, plan_table
+
+    stages = plan(method, settings)
+    if as_json:
+        click.echo(json.dumps([asdict(stage) for stage in stages]))
+        return
+    click.echo(plan_table(stages).to_string())
+    click.echo(
+        "Computed, not measured: the models' operations, at a rate that you know better than this table;"
+    )
+    click.echo("memory in float32, the most that a stage holds.")
 
 
 @main.command(epilog=HINT)

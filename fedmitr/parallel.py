@@ -1,15 +1,22 @@
-"""Independent work spread over processes; every process computes with `settings.threads` threads.
+"""Independent work spread over processes or a cluster; each computes with `settings.threads` threads.
 
 On models of this size two processes of one thread each get more done than one of two threads, and the
-results are the same bytes however many processes there are. Workers hand results on through the store.
+results are the same bytes however many workers there are, and whichever joblib backend starts them: `loky`
+(processes here, the default), `dask` or `ray` (a cluster that runs already, by its address, else one that
+is started here). Workers hand results on through the store, which all of them must see under the same path;
+what a lost worker had not finished is computed by another.
 """
 
+import multiprocessing
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import joblib
+import torch
 
 from .errors import BadInput
 from .runtime import device
@@ -17,7 +24,8 @@ from .runtime import device
 MOST = 8  # processes by default
 EACH = 1.5e9  # bytes of memory for each of them, with room to spare
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-VARIABLE = "FEDMITR_JOBS"
+VARIABLE, BACKEND, CLUSTER = "FEDMITR_JOBS", "FEDMITR_BACKEND", "FEDMITR_CLUSTER"
+BACKENDS = ("loky", "dask", "ray")
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
@@ -25,12 +33,12 @@ Made = TypeVar("Made")
 def jobs() -> int:
     """Processes to use: $FEDMITR_JOBS, else one per core up to eight, fewer where memory is short.
 
-    One where a GPU computes.
+    Where GPUs compute, one for each of them.
     """
     given = os.environ.get(VARIABLE)
     if given is None:
         if device().type == "cuda":
-            return 1
+            return torch.cuda.device_count()
         return max(1, int(min(joblib.cpu_count(), MOST, memory() / EACH)))
     if not given.isdecimal() or int(given) < 1:
         raise BadInput(f"{VARIABLE}={given!r} is not a number of processes: allowed are 1 and more")
@@ -48,20 +56,66 @@ def memory() -> float:
     return min(found)
 
 
+def backend() -> str:
+    """The joblib backend, $FEDMITR_BACKEND; BadInput for one that is unknown or not installed."""
+    name = os.environ.get(BACKEND, "loky")
+    if name not in BACKENDS:
+        raise BadInput(f"{BACKEND}={name!r} is unknown: allowed are {', '.join(BACKENDS)}")
+    if name != "loky":
+        try:
+            __import__({"dask": "distributed", "ray": "ray.util.joblib"}[name])
+        except ImportError:
+            raise BadInput(f"{BACKEND}={name!r} is not installed: pip install 'fedmitr[{name}]'") from None
+    return name
+
+
 def parallel(function: Callable[[Item], Made], items: Sequence[Item]) -> Iterator[tuple[int, Made]]:
     """function of every item, as (index, result), in the order in which they finish.
 
-    One item, or one process, is computed here; else functions and items go to worker processes.
+    One item, or one process, is computed here; else functions and items go to workers.
     """
-    processes = min(jobs(), len(items))
-    if processes <= 1:
+    name, processes = backend(), min(jobs(), len(items))
+    if len(items) <= 1 or (processes <= 1 and name == "loky"):
         yield from ((i, function(item)) for i, item in enumerate(items))
         return
-    pool = joblib.Parallel(n_jobs=processes, return_as="generator_unordered")
-    yield from pool(joblib.delayed(_alone)(function, i, item) for i, item in enumerate(items))
+    with workers(name, processes) as pool:
+        yield from pool(joblib.delayed(_alone)(function, i, item) for i, item in enumerate(items))
+
+
+@contextmanager
+def workers(name: str, processes: int) -> Iterator[joblib.Parallel]:
+    """The workers of a backend: those of the cluster at $FEDMITR_CLUSTER, else this many processes here."""
+    address = os.environ.get(CLUSTER)
+    with ExitStack() as stack:
+        if name == "dask":
+            from distributed import Client, LocalCluster
+
+            if not address:
+                local = LocalCluster(n_workers=processes, threads_per_worker=1, dashboard_address=None)
+                address = stack.enter_context(local).scheduler_address
+            stack.enter_context(Client(address, set_as_default=True))
+        elif name == "ray":
+            import ray
+            from ray.util.joblib import register_ray
+
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+            here = {"num_cpus": processes, "include_dashboard": False}
+            ray.init(address=address or "local", ignore_reinit_error=True, **({} if address else here))
+            stack.callback(ray.shutdown)
+            register_ray()
+        many = processes if name == "loky" else -1
+        as_they_come = (
+            "list" if name == "ray" else "generator_unordered"
+        )  # Ray's gives all of them at the end
+        with joblib.parallel_config(backend=name):
+            yield joblib.Parallel(n_jobs=many, return_as=as_they_come)
 
 
 def _alone(function: Callable[[Item], Made], index: int, item: Item) -> tuple[int, Made]:
-    """In a worker: no further processes, and no progress bar."""
+    """In a worker: no further processes, no progress bar, and a GPU of its own where there are several."""
     os.environ[VARIABLE] = os.environ["FEDMITR_STATIC"] = "1"
+    os.environ[BACKEND] = "loky"
+    if torch.cuda.is_available():
+        number = re.search(r"\d+$", multiprocessing.current_process().name)  # LokyProcess-3
+        torch.cuda.set_device(int(number[0] if number else os.getpid()) % torch.cuda.device_count())
     return index, function(item)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .errors import BadInput
 from .paths import shipped
 
-PROFILES = ("smoke", "laptop", "paper")
+PROFILES = ("smoke", "laptop", "gpu", "paper")
 # name -> number of classes; None: read from the folder
 TASKS = {
     "digits": 10,

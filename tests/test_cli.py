@@ -298,6 +298,17 @@ def test_bad_input_has_status_2_in_a_process_of_its_own(tmp_path):
 # The other commands.
 
 
+@pytest.mark.parametrize("profile", ["laptop", "gpu", "paper"])
+def test_a_dry_run_tells_the_plan_and_does_nothing(profile, tmp_path, no_work):
+    words = ["run", "--method", "fedmitr", "--profile", profile, "--task", "digits", "--dry-run"]
+    done = fedmitr(*words, "--store", tmp_path / "store")
+    assert done.exit_code == 0, done.output
+    assert all(stage in done.stdout for stage in ("clients", "inversion", "labels", "student", "all"))
+    told = json.loads(fedmitr(*words, "--json").stdout.splitlines()[-1])
+    assert [row["stage"] for row in told] == ["clients", "inversion", "labels", "student"]
+    assert not (tmp_path / "store").exists()
+
+
 def test_compare_writes_one_row_per_run_and_the_summary(store, first, tmp_path, no_work):
     out = tmp_path / "runs.csv"
     words = ["compare", "--methods", "fedavg,local", "--seeds", "3", "--out", out, "--json", *TINY]
@@ -313,7 +324,7 @@ def test_compare_writes_one_row_per_run_and_the_summary(store, first, tmp_path, 
 
 
 def test_compare_goes_over_several_skews(store, tmp_path):
-    words = ["compare", "--methods", "fedavg,local", "--seeds", "3", "--alpha", "0.1,0.3", "--json", *TINY]
+    words = ["compare", "--methods", "fedavg,local", "--seeds", "3", "--json", *TINY, "--alpha", "0.1,0.3"]
     table = answer(*words, "--store", store)
     assert [(r["alpha"], r["method"]) for r in table["summary"]] == [
         (0.1, "fedavg"),

@@ -1,8 +1,10 @@
 """parallel.py: every part once, in as many processes as are asked for, and the same bytes for any number."""
 
+import functools
 import importlib
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -51,13 +53,12 @@ def test_the_environment_says_how_many_processes(text, wanted, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kind, cores, wanted", [("cpu", 1, 1), ("cpu", 4, 4), ("cpu", 64, 8), ("cuda", 64, 1)]
+    "kind, cores, wanted", [("cpu", 1, 1), ("cpu", 4, 4), ("cpu", 64, 8), ("cuda", 64, 3)]
 )
-def test_else_there_is_one_per_core_up_to_eight_and_one_where_a_gpu_computes(
-    kind, cores, wanted, monkeypatch
-):
+def test_else_there_is_one_per_core_up_to_eight_or_one_per_gpu(kind, cores, wanted, monkeypatch):
     monkeypatch.delenv("FEDMITR_JOBS", raising=False)
     monkeypatch.setattr(module, "device", lambda: torch.device(kind))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(module.joblib, "cpu_count", lambda: cores)
     assert jobs() == wanted
 
@@ -185,3 +186,83 @@ def test_a_worker_that_is_killed_is_one_line_and_status_1(monkeypatch, capsys):
     assert stop.value.code == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("fedmitr: a worker process was killed")
+
+
+# Clusters.
+
+
+@pytest.fixture(scope="module")
+def dask_cluster():
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def dask(dask_cluster, two, monkeypatch):
+    monkeypatch.setenv("FEDMITR_BACKEND", "dask")
+    monkeypatch.setenv("FEDMITR_CLUSTER", dask_cluster.scheduler_address)
+
+
+def test_a_dask_cluster_takes_every_item_once_and_starts_no_more(dask):
+    found = list(parallel(look_around, "abcde"))
+    assert sorted((index, said[0]) for index, said in found) == list(enumerate("abcde"))
+    assert os.getpid() not in {pid for _, (_, pid, _, _) in found}
+    assert {(told, static) for _, (_, _, told, static) in found} == {("1", "1")}
+
+
+def die_once(mark, item):
+    """Kills the worker that comes first."""
+    try:
+        os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return item * item
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_work_of_a_dask_worker_that_is_killed_is_done_by_another(dask, tmp_path):
+    found = sorted(parallel(functools.partial(die_once, tmp_path / "mark"), range(6)))
+    assert (tmp_path / "mark").exists() and found == [(i, i * i) for i in range(6)]
+
+
+def test_compare_on_a_dask_cluster_is_the_same_table_as_alone(dask, tmp_path, monkeypatch):
+    tables = []
+    for backend, processes in (("dask", "2"), ("loky", "1")):
+        monkeypatch.setenv("FEDMITR_BACKEND", backend)
+        monkeypatch.setenv("FEDMITR_JOBS", processes)
+        compare(["ensemble", "fedavg"], [RUN], tmp_path / backend, tmp_path / backend / "runs.csv")
+        tables.append((tmp_path / backend / "runs.csv").read_text())
+    assert tables[0] == tables[1]
+    assert files(tmp_path / "dask") == files(tmp_path / "loky")
+
+
+def test_ray_takes_every_item_once(two, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setenv("FEDMITR_BACKEND", "ray")
+    monkeypatch.delenv("FEDMITR_CLUSTER", raising=False)
+    assert sorted(parallel(abs, [3, -1, -4])) == [
+        (0, 3),
+        (1, 1),
+        (2, 4),
+    ]  # a function that workers can import
+
+
+@pytest.mark.parametrize("name, reason", [("slurm", "loky, dask, ray"), ("dask", "fedmitr[dask]")])
+def test_a_backend_that_is_unknown_or_missing_is_one_line(name, reason, monkeypatch, one_line):
+    monkeypatch.setenv("FEDMITR_BACKEND", name)
+    monkeypatch.setitem(sys.modules, "distributed", None)  # as where it is not installed
+    with pytest.raises(fm.BadInput) as error:
+        list(parallel(str, "ab"))
+    one_line(error.value, f"FEDMITR_BACKEND={name!r}", reason)
+
+
+@pytest.mark.parametrize("process, wanted", [("LokyProcess-3", 1), ("LokyProcess-4", 0)])
+def test_every_worker_computes_on_a_gpu_of_its_own(process, wanted, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(module.multiprocessing.current_process(), "_name", process)
+    for name in ("FEDMITR_JOBS", "FEDMITR_STATIC", "FEDMITR_BACKEND"):
+        monkeypatch.setenv(name, "1")  # restored after the test
+    assert module._alone(str, 5, 7) == (5, "7") and chosen == [wanted]

@@ -1,0 +1,234 @@
+"""What a run would do, before it does it: stages, sizes, operations, memory, bytes.
+
+Everything here is computed, nothing is measured. Operations are those that torch counts in the model's own
+forward and backward passes on the `meta` device, which has shapes and no numbers; a stage's are those of its
+models, without views, optimisers and copies. Memory is that of float32 and of attention as plain matrix
+products: bfloat16 and fused attention need less.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from .distill import FIT_VIEWS
+from .inversion import remaining
+from .photos import list_folders, num_classes
+from .settings import GeneratorSettings, InversionSettings, RivalSettings, Settings, TaskSettings
+from .vit import class_logits, create_vit
+
+ADAM = 4  # copies of a model in training: weights, gradients, two moments
+FLOAT = 4  # bytes
+# All images of a task, and how many of them are its own test part.
+IMAGES = {
+    "digits": (1797, None),
+    "digits-plain": (1797, None),
+    "cifar10": (60_000, 10_000),
+    "cifar100": (60_000, 10_000),
+    "svhn": (99_289, 26_032),
+}
+WITHOUT_SERVER = ("fedavg", "ensemble", "local", "central", "fusefl")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of a plan: flops of all of it, the most memory it holds, bytes that cross up and down."""
+
+    stage: str
+    what: str
+    flops: float = 0
+    memory: float = 0
+    bytes: float = 0
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One image through one model: floating-point operations, and bytes kept for the backward pass."""
+
+    flops: int
+    kept: int
+
+
+def one_pass(vit: VisionTransformer, patches: int, wanted: str = "") -> Pass:
+    """The cost of one image of that many patches through a model on the meta device.
+
+    wanted: the gradient that follows, of the "image", of the "weights", or "" for the answer alone. In
+    float32, attention as plain matrix products: an upper bound of the memory of fused kernels.
+    """
+    vit.requires_grad_(wanted == "weights")
+    width = vit.patch_embed.proj.weight[0].numel()
+    view = torch.empty(1, patches, width, device="meta", requires_grad=wanted == "image")
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    place = torch.arange(patches, device="meta")[None]
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        with saved_tensors_hooks(keep, lambda tensor: tensor), torch.set_grad_enabled(bool(wanted)):
+            answer = class_logits(vit, view, place)
+        if wanted:
+            answer.sum().backward()
+    return Pass(counter.get_total_flops(), sum(kept.values()))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What stages are made of: the model's passes on all patches, its bytes and those of one image."""
+
+    answer: Pass
+    to_image: Pass
+    to_weights: Pass
+    model: int
+    image: int
+    patches: int
+    classes: int
+
+    @classmethod
+    def of(cls, vit: VisionTransformer) -> "Costs":
+        vit, patches = vit.to("meta"), vit.patch_embed.num_patches
+        passes = [one_pass(vit, patches, wanted) for wanted in ("", "image", "weights")]
+        model = FLOAT * sum(value.numel() for value in vit.state_dict().values())
+        image = FLOAT * patches * vit.patch_embed.proj.weight[0].numel()
+        return cls(*passes, model, image, patches, vit.num_classes)
+
+
+def plan(method: str, settings: Settings) -> list[Stage]:
+    """The stages of one run, in their order. No weights are loaded and no images read."""
+    model, images = settings.model, training_images(settings.task)
+    vit = create_vit(model.name, num_classes(settings.task), image_size=model.image_size)
+    costs = Costs.of(vit)
+    stages = [clients(method, settings, costs, images)]
+    if method == "fedmitr":
+        stages += [inversion(settings, settings.inversion, vit, costs)]
+        stages += distillation(settings, costs, settings.distill.calibrate)
+    elif method not in WITHOUT_SERVER:
+        own = getattr(settings, method, RivalSettings())
+        stages += [images_of_rival(method, settings, vit, costs)]
+        stages += distillation(settings, costs, own.calibrate)
+    return stages
+
+
+def training_images(task: TaskSettings) -> int:
+    """How many images all clients hold together; counted in the folder where the task is one, unopened."""
+    if task.name in IMAGES:
+        everything, held = IMAGES[task.name]
+    else:
+        listing, _ = list_folders(task)
+        everything, held = len(listing.names), sum(listing.held) if listing.held else None
+    share = task.validation if held else task.validation / (1 - task.test)
+    rest = everything - (held or math.ceil(everything * task.test))
+    train = rest - math.ceil(rest * share)
+    return min(train, task.limit * num_classes(task)) if task.limit else train
+
+
+def clients(method: str, settings: Settings, costs: Costs, images: int) -> Stage:
+    """Local training and the messages; of `central`, one client that holds everything and sends nothing."""
+    own, count = settings.client, settings.partition.clients
+    flops = own.epochs * images * costs.to_weights.flops
+    sent = 2 * count * costs.model
+    if method == "fusefl":  # every client downloads all blocks, and runs them below the stage that it trains
+        stages = settings.fusefl.stages
+        flops += own.epochs * images * count * costs.answer.flops * (stages - 1) / (2 * stages)
+        sent = (count + count * count) * costs.model
+    if method in ("local", "central"):
+        sent = 0
+    who = "one client" if method == "central" else f"{count} clients"
+    return Stage(
+        "central" if method == "central" else "clients",
+        f"{who}, {images:,} images in all, {own.epochs} epochs",
+        flops,
+        ADAM * costs.model + own.batch_size * costs.to_weights.kept,
+        sent,
+    )
+
+
+def inversion(settings: Settings, how: InversionSettings, vit: VisionTransformer, costs: Costs) -> Stage:
+    """Every iteration on the patches that are left, for one client an image or for all of them."""
+    teachers = 1 if how.teacher == "owners" else settings.partition.clients
+    starts = [0, *how.stop_at, how.iterations]
+    flops = 0
+    for part, (first, last) in enumerate(itertools.pairwise(starts)):
+        left = remaining(costs.patches, how.stop_ratio[:part])
+        flops += (last - first) * one_pass(vit, left, "image").flops
+    batch = min(how.batch_size, how.images)
+    held = settings.partition.clients * costs.model + batch * (
+        teachers * costs.to_image.kept + ADAM * costs.image
+    )
+    what = f"{how.images:,} images, {how.iterations:,} iterations, {costs.patches} patches, {left} at last"
+    return Stage("inversion", what, how.images * teachers * flops, held)
+
+
+def images_of_rival(method: str, settings: Settings, vit: VisionTransformer, costs: Costs) -> Stage:
+    """Dense inversion against the student, or the passes that train a generator, without its own."""
+    own = getattr(settings, method, None)
+    if not isinstance(own, GeneratorSettings):
+        update = {"stop_at": (), "stop_ratio": (), "iterations": own.iterations}
+        dense = inversion(settings, settings.inversion.model_copy(update=update), vit, costs)
+        rival = settings.inversion.images * own.iterations * costs.to_image.flops * (own.competition > 0)
+        return Stage(dense.stage, dense.what, dense.flops + rival, dense.memory)
+    batch = getattr(own, "batch_size", settings.distill.batch_size)
+    models = settings.partition.clients + 1  # the clients and the student
+    seen = own.rounds * own.generator_steps * batch
+    return Stage(
+        "generation",
+        f"{own.rounds} rounds of {own.generator_steps} steps on {batch} images",
+        seen * models * costs.to_image.flops,
+        models * (costs.model + batch * costs.to_image.kept),
+    )
+
+
+def distillation(settings: Settings, costs: Costs, calibrate: float) -> list[Stage]:
+    """The ensemble's labels, for every stored view or for every step, and the student's steps."""
+    own, teachers, count = settings.distill, settings.partition.clients, settings.inversion.images
+    steps = own.steps * own.batch_size
+    views = count * own.views if own.views else steps
+    fit = count * FIT_VIEWS * bool(calibrate)
+    stored = count * own.views * (costs.image + FLOAT * costs.classes * (1 + costs.patches))
+    student = ADAM * costs.model + own.batch_size * costs.to_weights.kept
+    return [
+        Stage(
+            "labels",
+            f"{views:,} views" + (f", {fit:,} for calibration" if fit else "") + f", by {teachers} clients",
+            (views + fit) * teachers * costs.answer.flops,
+            teachers * costs.model + stored,
+        ),
+        Stage(
+            "student",
+            f"{own.steps:,} steps on {own.batch_size} images",
+            steps * costs.to_weights.flops,
+            teachers * costs.model + stored + student,
+        ),
+    ]
+
+
+def plan_table(stages: list[Stage]) -> pd.DataFrame:
+    """A plan as text, with its sum: memory is the most of any stage."""
+    total = Stage(
+        "all",
+        "",
+        sum(s.flops for s in stages),
+        max(s.memory for s in stages),
+        sum(s.bytes for s in stages),
+    )
+    rows = [
+        {
+            "stage": s.stage,
+            "what": s.what,
+            "TFLOP": f"{s.flops / 1e12:,.3g}",
+            "minutes at 1 TFLOP/s": f"{s.flops / 6e13:,.3g}",
+            "memory, MB": f"{s.memory / 1e6:,.0f}",
+            "messages, MB": f"{s.bytes / 1e6:,.2f}" if s.bytes else "",
+        }
+        for s in [*stages, total]
+    ]
+    return pd.DataFrame(rows).set_index("stage")

@@ -594,8 +594,10 @@ def test_other_settings_are_another_run(method, clients, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module_of(method), "Student", work)
     METHODS[method](clients[:2], small(), Store(tmp_path))
+    METHODS[method](clients[:2], small(distill__lr=0.1, distill__ce_weight=0.5), Store(tmp_path))  # FedMITR's
     changes = [dict(images=7), dict(steps=4), dict(budget="own"), dict(ensemble__mode="size")]
-    changes += [own(method, rounds=1), dict(distill__lr=0.1), dict(model__pretrained=False)]
+    changes += [own(method, rounds=1), own(method, student_lr=0.1), dict(distill__weight_decay=0.1)]
+    changes += [dict(model__pretrained=False)]
     for change in changes:
         with pytest.raises(InterruptedError):
             METHODS[method](clients[:2], small(**change), Store(tmp_path))

@@ -110,12 +110,18 @@ def summarise_skews(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def skew_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Methods, best first by their mean over alphas, against alphas: mean ± std and `interval`, as text."""
-    table = summarise_skews(runs)
-    cells = [f"{row['mean']:.3f} ± {row['std']:.3f}, {interval(row)}" for _, row in table.iterrows()]
-    text = pd.Series(cells, table.index).str.removesuffix(", ").unstack("alpha")
-    order = table["mean"].groupby("method").mean().sort_values(ascending=False).index
-    return text.loc[order].rename(columns="α = {:g}".format)
+    """Methods, best first, against alphas and their mean, seed by seed: mean ± std and `interval`, as text."""
+    together = runs.groupby(["method", "seed"], sort=False, as_index=False)["accuracy"].mean()
+    columns = {f"α = {alpha:g}": summarise(some) for alpha, some in runs.groupby("alpha")}
+    columns["mean over α"] = overall = summarise(together)
+    text = {
+        name: [
+            f"{row['mean']:.3f} ± {row['std']:.3f}, {interval(row)}".removesuffix(", ")
+            for _, row in table.loc[overall.index].iterrows()
+        ]
+        for name, table in columns.items()
+    }
+    return pd.DataFrame(text, overall.index).loc[overall["mean"].sort_values(ascending=False).index]
 
 
 def paired(one: pd.Series, other: pd.Series | float) -> tuple[float, float]:

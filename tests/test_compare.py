@@ -66,9 +66,10 @@ def test_several_alphas_are_summarised_each_by_itself(runs):
 def test_the_table_of_skews_says_what_the_summaries_say(runs):
     harder = runs.assign(alpha=0.05, accuracy=runs["accuracy"] / 2)
     table = skew_table(pd.concat([runs, harder]))
-    assert list(table.columns) == ["α = 0.05", "α = 0.1"]
+    assert list(table.columns) == ["α = 0.05", "α = 0.1", "mean over α"]
     assert list(table.index) == list(summarise(runs).sort_values("mean", ascending=False).index)
-    for some, column in ((harder, "α = 0.05"), (runs, "α = 0.1")):
+    both = runs.assign(accuracy=0.75 * runs["accuracy"])
+    for some, column in ((harder, "α = 0.05"), (runs, "α = 0.1"), (both, "mean over α")):
         for method, row in summarise(some).iterrows():
             said = f"{row['mean']:.3f} ± {row['std']:.3f}"
             said += "" if method == "fedmitr" else f", {interval(row)}"

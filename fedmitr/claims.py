@@ -19,19 +19,31 @@ def best_rival(runs: pd.DataFrame) -> str:
     return means.drop([m for m in (REFERENCE, *REFERENCES, *SEVERAL) if m in means]).idxmax()
 
 
-def claims(runs: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """The reproduction card, from the CSVs of `fedmitr compare` (one setting) and `fedmitr sweep`."""
+def claims(runs: pd.DataFrame, cells: pd.DataFrame, skews: pd.DataFrame) -> pd.DataFrame:
+    """The reproduction card, from the CSVs of `fedmitr compare` (one alpha), `sweep` and `compare` (several).
+
+    Over several alphas, a seed's accuracy is its mean over them.
+    """
     of = runs.pivot(index="seed", columns="method", values="accuracy")
     grid = cells[cells["panel"] == "components"].pivot(index="seed", columns="cell", values="accuracy")
     default, rival = "sparse · relabel", best_rival(runs)
     seeds = f"{len(of)} seeds, α = {runs['alpha'].iloc[0]:g}"
+    pooled = skews.pivot_table(index="seed", columns="method", values="accuracy")
+    across = f"{len(pooled)} seeds, mean over α = " + ", ".join(f"{a:g}" for a in skews["alpha"].unique())
+    rival_across = best_rival(skews)
     few = f"{len(grid)} seeds, components"
     differences = {
         "The best single global model of one-shot federated learning under label skew": (
             of[REFERENCE], of[rival], f"FedMITR − {NAMES[rival]}, the best other single model", seeds
         ),
+        "The same over several skews": (
+            pooled[REFERENCE], pooled[rival_across], f"FedMITR − {NAMES[rival_across]}, as above", across
+        ),
         "One model replaces the ensemble of all uploads": (
             of[REFERENCE], of["ensemble"], "FedMITR − ensemble", seeds
+        ),
+        "It does over several skews": (
+            pooled[REFERENCE], pooled["ensemble"], "FedMITR − ensemble", across
         ),
         "Synthetic images lift the averaged model": (of[REFERENCE], of["fedavg"], "FedMITR − FedAvg", seeds),
         "Sparse inversion is better than dense": (

@@ -110,7 +110,7 @@ def summarise_skews(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def skew_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Methods, best first, against alphas and their mean, seed by seed: mean ± std and `interval`, as text."""
+    """Methods, best first, against alphas and the mean over them: mean ± std and `interval`, as text."""
     together = runs.groupby(["method", "seed"], sort=False, as_index=False)["accuracy"].mean()
     columns = {f"α = {alpha:g}": summarise(some) for alpha, some in runs.groupby("alpha")}
     columns["mean over α"] = overall = summarise(together)

@@ -25,7 +25,8 @@ def made():
         dict(panel="components", cell=f"{kind} · {label}", seed=s, accuracy=v + rng.normal(0, 0.01))
         for kind, v in (("sparse", 0.8), ("dense", 0.9)) for label in CELLS for s in range(5)
     ]  # fmt: skip
-    return pd.DataFrame(runs), pd.DataFrame(cells)
+    skews = [row | dict(alpha=a, accuracy=row["accuracy"] - a) for row in runs for a in (0.05, 0.1)]
+    return pd.DataFrame(runs), pd.DataFrame(cells), pd.DataFrame(skews)
 
 
 def test_the_interval_is_scipys(made):
@@ -55,12 +56,20 @@ def test_the_card_judges_every_claim_by_its_own_runs(made):
     assert card.loc["Sparse inversion is better than dense", "verdict"] == FAILS
     assert card.loc["Synthetic images lift the averaged model", "verdict"] == HOLDS
     assert card["verdict"].iloc[-1] == UNTESTED
+    for claim in ("The same over several skews", "It does over several skews"):
+        assert "6 seeds, mean over α = 0.05, 0.1" in card.loc[claim, "what was run"]
     of = made[0].pivot(index="seed", columns="method", values="accuracy")
+    for claim, rival in (
+        ("The same over several skews", "dense"),
+        ("It does over several skews", "ensemble"),
+    ):
+        mean, half = paired(of["fedmitr"], of[rival])  # every alpha takes as much from all methods
+        assert card.loc[claim, "result"] == f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
     gap = (of["fedmitr"] - of["ensemble"]).mean()
     assert card.loc["One model replaces the ensemble of all uploads", "result"].startswith(f"{gap:+.3f}")
 
 
 def test_the_shipped_results_make_a_card():
-    results = home() / "results"
-    card = claims(pd.read_csv(results / "comparison.csv"), pd.read_csv(results / "ablations.csv"))
-    assert len(card) == 8 and card["verdict"].isin([HOLDS, FAILS, OPEN, UNTESTED]).all()
+    tables = (home() / "results" / f"{name}.csv" for name in ("comparison", "ablations", "skews"))
+    card = claims(*map(pd.read_csv, tables))
+    assert len(card) == 10 and card["verdict"].isin([HOLDS, FAILS, OPEN, UNTESTED]).all()

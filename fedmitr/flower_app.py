@@ -35,6 +35,19 @@ try:
 except ImportError:
     raise BadInput("fedmitr.flower_app needs Flower 1.42: pip install 'fedmitr[flower]'") from None
 
+# Flower's run config, as in flower/pyproject.toml, which says what each means.
+DEFAULTS = {
+    "method": "fedmitr",
+    "profile": "laptop",
+    "seed": 0,
+    "set": "",
+    "classes": "",
+    "min-clients": 2,
+    "wait": 60,
+    "timeout": 3600,
+    "out": "global.safetensors",
+    "store": "",
+}
 REFUSED = {
     "fusefl": "it takes several exchanges",
     "central": "it needs all data in one place",
@@ -192,15 +205,28 @@ def main(grid: Grid, context: Context) -> None:
 def serve(grid: Grid, config: Mapping[str, Any]) -> Outcome:
     """Ask every node for its upload, run the method on those that came, write model and uploads.
 
-    config: Flower's run config, all of flower/pyproject.toml's keys. Raises BadInput, one line, for settings
-    that cannot work, before any client is asked, and for fewer than `min-clients` usable uploads.
+    config: any of `DEFAULTS`. Raises BadInput, one line, for settings that cannot work, before any client
+    is asked, and for fewer than `min-clients` usable uploads.
     """
-    order, shape = (read := Order.read(config)), read.shape
+    config = DEFAULTS | dict(config)
+    order = Order.read(config)
     store, out = Store(config["store"] or default_store()), Path(config["out"]).expanduser()
     check_writable(out.parent, f"out={str(out)!r}")
     jobs()  # a number of processes that cannot be read is found now
     torch.set_num_threads(order.settings.threads)
-    clients = order.settings.partition.clients
+    uploads = collect(grid, order, config)
+    kept = store.path("received", key := fingerprint("received", [u.digest for u in uploads]))
+    if not kept.is_dir():  # clients send once: what came outlives a server that is killed from here on
+        store.put("received", key, lambda at: [u.save(at / f"client{u.client}") for u in uploads])
+    outcome = METHODS[order.method](uploads, order.settings, store)
+    write_tensors(outcome.models[0].state_dict(), out)
+    say(f"global model of {order.method} in {out}, the uploads in {kept}")
+    return outcome
+
+
+def collect(grid: Grid, order: Order, config: Mapping[str, Any]) -> list[Upload]:
+    """The usable uploads, by client number; says which are missing, BadInput if too few are left."""
+    shape, clients = order.shape, order.settings.partition.clients
     nodes = wait_for_nodes(grid, clients, config["wait"])
     messages = [Message(order.pack(), node, "train", ttl=float(config["timeout"])) for node in nodes]
     replies = list(grid.send_and_receive(messages, timeout=config["timeout"])) if messages else []
@@ -213,13 +239,7 @@ def serve(grid: Grid, config: Mapping[str, Any]) -> Outcome:
     if len(uploads) < config["min-clients"]:
         raise BadInput(f"min-clients={config['min-clients']}: {came}")
     say(came)
-    kept = store.path("received", key := fingerprint("received", [u.digest for u in uploads]))
-    if not kept.is_dir():  # clients send once: what came outlives a server that is killed from here on
-        store.put("received", key, lambda at: [u.save(at / f"client{u.client}") for u in uploads])
-    outcome = METHODS[order.method](uploads, order.settings, store)
-    write_tensors(outcome.models[0].state_dict(), out)
-    say(f"global model of {order.method} in {out}, the uploads in {kept}")
-    return outcome
+    return uploads
 
 
 def wait_for_nodes(grid: Grid, clients: int, seconds: float) -> list[int]:
@@ -235,7 +255,8 @@ def accept(replies: Iterable[Message], order: Order, shape: ModelShape) -> list[
 
     Where two nodes send for one client neither can be told to be the true one, so both are left out.
     """
-    uploads, counted = [], asks_counts(order.settings, order.method)
+    uploads, clients = [], order.settings.partition.clients
+    counted = asks_counts(order.settings, order.method)
     for reply in sorted(replies, key=lambda r: r.metadata.src_node_id):
         node = reply.metadata.src_node_id
         if reply.has_error():
@@ -243,14 +264,10 @@ def accept(replies: Iterable[Message], order: Order, shape: ModelShape) -> list[
             continue
         try:
             upload = unpack(reply.content, node, shape)
-            if upload.client >= (count := order.settings.partition.clients):
-                raise BadInput(
-                    f"upload of client {upload.client}: partition.clients={count} has no such client"
-                )
+            if upload.client >= clients:
+                raise BadInput(f"upload of client {upload.client}: allowed are 0 to {clients - 1}")
             if counted and upload.class_counts is None:
-                raise BadInput(
-                    f"upload of client {upload.client}: class_counts is missing, the settings need it"
-                )
+                raise BadInput(f"upload of client {upload.client}: class_counts is missing")
             uploads.append(upload if counted else upload.without_counts())
         except BadInput as error:
             say(f"rejected: {error}")

@@ -73,12 +73,12 @@ class Order(NamedTuple):
         settings = Settings.load(
             config["profile"], dict(map(parse_assignment, split(config["set"]))) | {"seed": seed}
         )
-        names = [name.strip() for name in config["classes"].split(",") if name.strip()]
+        names = list(dict.fromkeys(name.strip() for name in config["classes"].split(",") if name.strip()))
         expected = TASKS[settings.task.name]
         if len(names) < 2 if expected is None else names and len(names) != expected:
             count = expected or "two or more"
             raise BadInput(
-                f"classes={config['classes']!r}: task.name={settings.task.name} needs {count} names, a,b,…"
+                f"classes={config['classes']!r}: task.name={settings.task.name} needs {count} different names, a,b,…"
             )
         return cls(method, settings, tuple(names))
 
@@ -236,7 +236,7 @@ def collect(grid: Grid, order: Order, config: Mapping[str, Any]) -> list[Upload]
     missing = sorted(set(range(clients)) - {upload.client for upload in uploads})
     came = f"{len(uploads)} of {clients} clients sent a usable upload"
     came += f"; missing: {', '.join(map(str, missing))}" if missing else ""
-    if len(uploads) < config["min-clients"]:
+    if len(uploads) < max(1, config["min-clients"]):
         raise BadInput(f"min-clients={config['min-clients']}: {came}")
     say(came)
     return uploads

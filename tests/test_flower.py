@@ -24,7 +24,7 @@ from test_cli import SMALL
 
 import fedmitr as fm
 from fedmitr.errors import BadInput
-from fedmitr.flower_app import DEFAULTS, REFUSED, Order, accept, client_app, pack, serve, unpack
+from fedmitr.flower_app import DEFAULTS, REFUSED, Order, accept, client_app, local_upload, pack, serve, unpack
 from fedmitr.methods import METHODS
 from fedmitr.settings import build, parse_assignment
 
@@ -281,6 +281,7 @@ def test_too_few_uploads_are_one_line(there, nodes, config, one_line):
         ({"set": "model.name=resnet18"}, "model.name"),
         ({"set": "task.name=image-folder"}, "classes=''"),
         ({"classes": "cat,dog"}, "classes='cat,dog'"),
+        ({"set": "task.name=image-folder", "classes": "cat, cat"}, "different names"),
     ],
     ids=str,
 )
@@ -332,8 +333,6 @@ def test_clients_train_on_folders_of_their_own(pictures, config, capfd):
 def test_a_class_that_nobody_named_is_one_line(pictures, one_line):
     settings = build({"task": {"name": "image-folder"}, "partition": {"clients": 2}})
     order = Order("fedavg", settings, ("cat", "fox"))
-    from fedmitr.flower_app import local_upload
-
     with pytest.raises(BadInput) as error:
         local_upload(order, {"partition-id": 0, "data-dir": str(pictures / "own0"), "store": str(pictures)})
     one_line(error.value, "'dog' is not among classes=cat,fox")

@@ -76,9 +76,9 @@ class Order(NamedTuple):
         names = list(dict.fromkeys(name.strip() for name in config["classes"].split(",") if name.strip()))
         expected = TASKS[settings.task.name]
         if len(names) < 2 if expected is None else names and len(names) != expected:
-            count = expected or "two or more"
             raise BadInput(
-                f"classes={config['classes']!r}: task.name={settings.task.name} needs {count} different names, a,b,…"
+                f"classes={config['classes']!r}: task.name={settings.task.name} needs "
+                f"{expected or 'two or more'} different names, a,b,…"
             )
         return cls(method, settings, tuple(names))
 

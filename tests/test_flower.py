@@ -397,14 +397,22 @@ def start(tmp_path):
         return process
 
     yield begin
-    for process in running:
-        if os.name == "nt":
-            process.kill()
-            continue
+    # Flower's processes start others in sessions of their own, so they are found by their parents.
+    for pid in descendants([process.pid for process in running]):
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
     for process in running:
         process.wait(10)
+
+
+def descendants(parents):
+    """The numbers of these processes and of all that they started."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
+    found = list(parents)
+    for parent in found:
+        found += [pid for pid, above in pairs if above == parent and pid not in found]
+    return found
 
 
 def listens(port):
@@ -419,6 +427,7 @@ def wait_until(true, seconds):
     return done
 
 
+@pytest.mark.skipif(not shutil.which("ps"), reason="processes cannot be listed")
 def test_real_processes_make_the_model_of_a_run(start, experiment, tmp_path):
     port, out = free_port(), tmp_path / "global.safetensors"
     (tmp_path / "flwr").mkdir()

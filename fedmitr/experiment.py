@@ -29,10 +29,8 @@ from .runtime import progress, versions
 from .settings import Settings
 from .store import Store, fingerprint, write_json
 from .tasks import Split, Task, load_task
-from .upload import Upload
-from .vit import create_vit, normalisation, weights_digest
-
-NEED_COUNTS = ("fedftg",)  # the methods that ask every client for its class histogram c_k
+from .upload import NEED_COUNTS, Upload, asks_counts
+from .vit import normalisation, shared_vit, weights_digest
 
 
 class Result(BaseModel):
@@ -78,14 +76,7 @@ class Experiment:
     @cached_property
     def initial(self) -> VisionTransformer:
         """The shared initial model that the server hands to every client."""
-        model = self.settings.model
-        return create_vit(
-            model.name,
-            num_classes(self.settings.task),
-            pretrained=model.pretrained,
-            checkpoint=model.checkpoint,
-            image_size=model.image_size,
-        )
+        return shared_vit(self.settings.model, num_classes(self.settings.task))
 
     @cached_property
     def task(self) -> Task:
@@ -101,7 +92,7 @@ class Experiment:
     @cached_property
     def uploads(self) -> list[Upload]:
         """What every client sends, once; the class histogram only where ensemble or inversion asks for it."""
-        wanted = self.settings.ensemble.mode == "class" or self.settings.inversion.teacher == "owners"
+        wanted = asks_counts(self.settings)
         return [u if wanted else u.without_counts() for u in self._everyone]
 
     @cached_property
@@ -116,9 +107,9 @@ class Experiment:
                     bar.update(1)
         return self._train([(k, self.shards[k]) for k in names], self.upload_key, "clients")
 
-    def train(self, client: int) -> None:
-        """Train one client, unless its upload is in the store."""
-        self._train([(client, self.shards[client])], lambda _: self.upload_key(client), "client")
+    def train(self, client: int) -> Upload:
+        """Train one client, unless its upload is in the store; the upload has the class histogram."""
+        return self._train([(client, self.shards[client])], lambda _: self.upload_key(client), "client")[0]
 
     @cached_property
     def clients(self) -> list[FusionClient]:

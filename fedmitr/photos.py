@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -370,3 +370,26 @@ def tiny_names(root: Path, wnids: list[str]) -> list[str]:
     rows = [line.split("\t") for line in table.read_text().splitlines()] if table.is_file() else []
     names = {row[0]: row[1].split(",")[0] for row in rows if len(row) > 1}
     return [names.get(wnid, wnid) for wnid in wnids]
+
+
+def own_images(
+    folder: str, classes: Sequence[str], size: int, stats: tuple[Tensor, Tensor]
+) -> tuple[Photos, Tensor]:
+    """All readable images of folder/<class>/ and their labels, numbered as in classes, kept in memory.
+
+    A client may hold any of the classes, one too. Raises BadInput for other folders and where no image is.
+    """
+    root, pixels, labels = Path(folder).expanduser(), [], []
+    for place in subfolders(root):
+        if place.name not in classes:
+            raise BadInput(f"data-dir={folder!r}: {place.name!r} is not among classes={','.join(classes)}")
+        for path in image_files(place):
+            try:
+                with Image.open(path) as image:
+                    pixels.append(squared(image, size, len(stats[0])))
+                labels.append(classes.index(place.name))
+            except Exception:  # each format has its own ways to be broken
+                print(f"{path.relative_to(root)} cannot be read and is left out", file=sys.stderr)
+    if not labels:
+        raise BadInput(f"data-dir={folder!r} holds no readable image <class>/*.jpg")
+    return Photos(np.stack(pixels), torch.arange(len(labels)), size, stats), torch.tensor(labels)

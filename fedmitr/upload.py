@@ -12,9 +12,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from .errors import BadInput
+from .settings import Settings
 from .vit import create_vit
 
 WEIGHTS, CARD = "weights.safetensors", "upload.json"
+NEED_COUNTS = ("fedftg",)  # the methods that ask every client for its class histogram c_k
 
 
 class ModelShape(BaseModel):
@@ -133,6 +135,12 @@ class Upload:
                 f"that sum to {self.size}"
             )
         return self
+
+
+def asks_counts(settings: Settings, method: str | None = None) -> bool:
+    """Whether clients send their class histogram: ensemble, inversion or the method itself asks for it."""
+    asked = settings.ensemble.mode == "class" or settings.inversion.teacher == "owners"
+    return asked or method in NEED_COUNTS
 
 
 def average_weights(uploads: Sequence[Upload]) -> dict[str, Tensor]:

@@ -55,6 +55,17 @@ def create_vit(
     return vit
 
 
+def shared_vit(settings: ModelSettings, num_classes: int) -> VisionTransformer:
+    """The shared initial model that settings ask for; BadInput as `create_vit`."""
+    return create_vit(
+        settings.name,
+        num_classes,
+        pretrained=settings.pretrained,
+        checkpoint=settings.checkpoint,
+        image_size=settings.image_size,
+    )
+
+
 def weights_digest(settings: ModelSettings) -> str:
     """What the initial weights are: a hash of their file, or the name of timm's published ones."""
     path = settings.checkpoint

@@ -62,11 +62,16 @@ def test_a_torchvision_that_is_already_imported_is_left_alone(monkeypatch):
 # The server's rooms import nothing that knows the data.
 
 
-def imports(package: Path, module: str) -> set[str]:
-    """Modules of the package, as dotted names below it, that a module's source imports anywhere."""
+def imports(package: Path, module: str, but: tuple[str, ...] = ()) -> set[str]:
+    """Modules of the package, as dotted names below it, that a module's source imports anywhere.
+
+    but: functions and classes of the module that are left out of the walk.
+    """
     base = [package.name, *module.split(".")[:-1]]
     found: set[str] = set()
-    for node in ast.walk(ast.parse((package / f"{module.replace('.', '/')}.py").read_text())):
+    tree = ast.parse((package / f"{module.replace('.', '/')}.py").read_text())
+    tree.body = [node for node in tree.body if getattr(node, "name", None) not in but]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -88,9 +93,10 @@ def as_file(package: Path, name: str) -> str | None:
     return f"{name}.__init__" if (package / name.replace(".", "/") / "__init__.py").is_file() else None
 
 
-def reachable(package: Path, module: str) -> set[str]:
-    """Everything a module imports, itself or through modules of the package."""
-    seen, todo = set(), [module]
+def reachable(package: Path, module: str, but: tuple[str, ...] = ()) -> set[str]:
+    """Everything a module imports, itself (but for some functions) or through modules of the package."""
+    seen = imports(package, module, but)
+    todo = list(seen)
     while todo:
         for name in imports(package, todo.pop()) - seen:
             seen.add(name)
@@ -101,6 +107,11 @@ def reachable(package: Path, module: str) -> set[str]:
 @pytest.mark.parametrize("module", SERVER)
 def test_server_cannot_see_data(module):
     assert not reachable(PACKAGE, module) & FORBIDDEN
+
+
+def test_only_the_client_of_the_flower_app_can_see_data():
+    assert not reachable(PACKAGE, "flower_app", but=("local_upload",)) & FORBIDDEN
+    assert reachable(PACKAGE, "flower_app") >= FORBIDDEN
 
 
 def test_the_walk_sees_what_the_experiment_imports():

@@ -1,0 +1,282 @@
+"""The same clients and the same server as a Flower app: real machines, one upload from each (docs/flower.md).
+
+The server sends settings and gets uploads; what it makes of them is `METHODS[method]`, as in every other
+run. For the same shards, seed and settings its global model is the same, bit for bit on the same machine.
+This room too sees both sides, but one in each process: what knows the data is imported by the client alone.
+"""
+
+import json
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from shlex import split
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import ValidationError
+
+from .errors import BadInput
+from .methods import METHODS, Outcome
+from .parallel import jobs
+from .paths import default_store
+from .settings import TASKS, Settings, build, parse_assignment
+from .store import Store, check_writable, fingerprint, write_tensors
+from .upload import Card, ModelShape, Upload, asks_counts
+from .vit import normalisation, shared_vit
+
+try:
+    from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.common.constant import ErrorCode
+    from flwr.serverapp import Grid, ServerApp
+except ImportError:
+    raise BadInput("fedmitr.flower_app needs Flower 1.42: pip install 'fedmitr[flower]'") from None
+
+# Flower's run config, as in flower/pyproject.toml, which says what each means.
+DEFAULTS = {
+    "method": "fedmitr",
+    "profile": "laptop",
+    "seed": 0,
+    "set": "",
+    "classes": "",
+    "min-clients": 2,
+    "wait": 60,
+    "timeout": 3600,
+    "out": "global.safetensors",
+    "store": "",
+}
+REFUSED = {
+    "fusefl": "it takes several exchanges",
+    "central": "it needs all data in one place",
+    "local": "its clients send nothing",
+    "ensemble": "it leaves no single model; the uploads, which every other method keeps, are it",
+}
+
+
+class Order(NamedTuple):
+    """What the server asks of every client: settings, and class names where the task does not fix them."""
+
+    method: str
+    settings: Settings
+    classes: tuple[str, ...]
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> "Order":
+        """From Flower's run config; BadInput for what `fedmitr run` refuses and for methods of `REFUSED`."""
+        method, seed = config["method"], config["seed"]
+        if method in REFUSED or method not in METHODS:
+            allowed = ", ".join(m for m in METHODS if m not in REFUSED)
+            raise BadInput(f"method={method!r}: {REFUSED.get(method, 'unknown')}; allowed are {allowed}")
+        settings = Settings.load(
+            config["profile"], dict(map(parse_assignment, split(config["set"]))) | {"seed": seed}
+        )
+        names = list(dict.fromkeys(name.strip() for name in config["classes"].split(",") if name.strip()))
+        expected = TASKS[settings.task.name]
+        if len(names) < 2 if expected is None else names and len(names) != expected:
+            raise BadInput(
+                f"classes={config['classes']!r}: task.name={settings.task.name} needs "
+                f"{expected or 'two or more'} different names, a,b,…"
+            )
+        return cls(method, settings, tuple(names))
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes) or TASKS[self.settings.task.name]
+
+    @property
+    def shape(self) -> ModelShape:
+        """The shape that every upload must have; no weights are read for it."""
+        plain = self.settings.model.model_copy(update={"pretrained": False, "checkpoint": None})
+        return ModelShape.of(plain.name, shared_vit(plain, self.num_classes))
+
+    def pack(self) -> RecordDict:
+        record = {"method": self.method, "settings": self.settings.model_dump_json()}
+        return RecordDict({"order": ConfigRecord(record | {"classes": list(self.classes)})})
+
+    @classmethod
+    def unpack(cls, content: RecordDict) -> "Order":
+        record = content["order"]
+        return cls(record["method"], build(json.loads(record["settings"])), tuple(record["classes"]))
+
+
+# --- the message ------------------------------------------------------------------------------------
+
+
+def pack(upload: Upload) -> RecordDict:
+    """An upload as Flower's records: weights, and the card with its shape's fields as `shape.NAME`."""
+    card = upload.card.model_dump(exclude_none=True)
+    shape = {f"shape.{name}": value for name, value in card.pop("shape").items()}
+    if "class_counts" in card:
+        card["class_counts"] = list(card["class_counts"])
+    return RecordDict({"weights": ArrayRecord(upload.weights), "card": ConfigRecord(card | shape)})
+
+
+def unpack(content: RecordDict, node: int, shape: ModelShape) -> Upload:
+    """The upload in a message, checked; BadInput, one line, names the client, or else the node."""
+    who = f"upload of node {node}"
+    card, weights = content.get("card"), content.get("weights")
+    if len(content) != 2 or not isinstance(card, ConfigRecord) or not isinstance(weights, ArrayRecord):
+        raise BadInput(f"{who}: holds {', '.join(sorted(content)) or 'nothing'}, not a card and weights")
+    if isinstance(card.get("client"), int):
+        who = f"upload of client {card['client']}"
+    tree = {name: value for name, value in card.items() if not name.startswith("shape.")}
+    tree["shape"] = {n.removeprefix("shape."): v for n, v in card.items() if n.startswith("shape.")}
+    try:
+        read = Card.model_validate(tree)
+    except ValidationError as failure:
+        error = failure.errors()[0]
+        raise BadInput(f"{who}: card: {'.'.join(map(str, error['loc']))}: {error['msg']}") from None
+    if read.shape != shape:  # before a model is built that the server never asked for
+        raise BadInput(f"{who}: its model is {read.shape}, allowed is {shape}")
+    try:
+        tensors = {name: torch.from_numpy(array.numpy()).contiguous() for name, array in weights.items()}
+    except Exception as error:  # whatever numpy says about bytes that are no array
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise BadInput(f"{who}: weights are not readable: {reason}") from None
+    return Upload(read.client, read.size, read.shape, tensors, read.class_counts).checked()
+
+
+# --- the client -------------------------------------------------------------------------------------
+
+client_app = ClientApp()
+
+
+@client_app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train on the node's own data and answer with one upload, or with an error that tells nothing else."""
+    try:
+        return Message(
+            pack(local_upload(Order.unpack(message.content), context.node_config)), reply_to=message
+        )
+    except Exception as error:
+        # What failed may tell of paths and data, so it stays here: only that it failed goes out.
+        told = f"fedmitr: {error}\n" if isinstance(error, BadInput) else traceback.format_exc()
+        print(told, end="", file=sys.stderr, flush=True)
+        who = context.node_config.get("partition-id", "without a partition-id")
+        reason = f"client {who} failed; its own log says why"
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+
+def local_upload(order: Order, node: Mapping[str, Any]) -> Upload:
+    """What this client sends; class counts only where the settings ask for them.
+
+    node: `partition-id`, the client's number; `data-dir`, a folder <class>/*.jpg of its own instead of the
+    shard that `fedmitr run` would give it; `store`, its folder of artefacts. Raises BadInput for these, and
+    as `Experiment` does.
+    """
+    from .client import train_client
+    from .experiment import Experiment
+    from .photos import own_images
+    from .tasks import Split
+
+    settings, client = order.settings, node.get("partition-id")
+    count = settings.partition.clients
+    if not isinstance(client, int) or not 0 <= client < count or node.get("num-partitions", count) != count:
+        raise BadInput(
+            f"partition-id={client!r} of num-partitions={node.get('num-partitions', count)!r}: "
+            f"allowed are 0 to {count - 1} of partition.clients={count}"
+        )
+    experiment = Experiment(settings, node.get("store"))
+    if folder := node.get("data-dir"):
+        vit = shared_vit(settings.model, order.num_classes)
+        shard = Split(*own_images(folder, order.classes, vit.patch_embed.img_size[0], normalisation(vit)))
+        upload = train_client(
+            vit, shard, settings.client, client=client, name=settings.model.name, seed=settings.seed
+        )
+    else:
+        upload = experiment.train(client)
+    return upload if asks_counts(settings, order.method) else upload.without_counts()
+
+
+# --- the server -------------------------------------------------------------------------------------
+
+server_app = ServerApp()
+
+
+@server_app.main()
+def main(grid: Grid, context: Context) -> None:
+    """One round: settings out, uploads in, one global model written."""
+    serve(grid, context.run_config)
+
+
+def serve(grid: Grid, config: Mapping[str, Any]) -> Outcome:
+    """Ask every node for its upload, run the method on those that came, write model and uploads.
+
+    config: any of `DEFAULTS`. Raises BadInput, one line, for settings that cannot work, before any client
+    is asked, and for fewer than `min-clients` usable uploads.
+    """
+    config = DEFAULTS | dict(config)
+    order = Order.read(config)
+    store, out = Store(config["store"] or default_store()), Path(config["out"]).expanduser()
+    check_writable(out.parent, f"out={str(out)!r}")
+    jobs()  # a number of processes that cannot be read is found now
+    torch.set_num_threads(order.settings.threads)
+    uploads = collect(grid, order, config)
+    kept = store.path("received", key := fingerprint("received", [u.digest for u in uploads]))
+    if not kept.is_dir():  # clients send once: what came outlives a server that is killed from here on
+        store.put("received", key, lambda at: [u.save(at / f"client{u.client}") for u in uploads])
+    outcome = METHODS[order.method](uploads, order.settings, store)
+    write_tensors(outcome.models[0].state_dict(), out)
+    say(f"global model of {order.method} in {out}, the uploads in {kept}")
+    return outcome
+
+
+def collect(grid: Grid, order: Order, config: Mapping[str, Any]) -> list[Upload]:
+    """The usable uploads, by client number; says which are missing, BadInput if too few are left."""
+    shape, clients = order.shape, order.settings.partition.clients
+    nodes = wait_for_nodes(grid, clients, config["wait"])
+    messages = [Message(order.pack(), node, "train", ttl=float(config["timeout"])) for node in nodes]
+    replies = list(grid.send_and_receive(messages, timeout=config["timeout"])) if messages else []
+    for node in sorted(set(nodes) - {reply.metadata.src_node_id for reply in replies}):
+        say(f"node {node} did not answer in {config['timeout']} s")
+    uploads = accept(replies, order, shape)
+    missing = sorted(set(range(clients)) - {upload.client for upload in uploads})
+    came = f"{len(uploads)} of {clients} clients sent a usable upload"
+    came += f"; missing: {', '.join(map(str, missing))}" if missing else ""
+    if len(uploads) < max(1, config["min-clients"]):
+        raise BadInput(f"min-clients={config['min-clients']}: {came}")
+    say(came)
+    return uploads
+
+
+def wait_for_nodes(grid: Grid, clients: int, seconds: float) -> list[int]:
+    """All connected nodes, as soon as there is one for each client or the time is up."""
+    end = time.monotonic() + seconds
+    while len(nodes := sorted(grid.get_node_ids())) < clients and time.monotonic() < end:
+        time.sleep(1)
+    return nodes
+
+
+def accept(replies: Iterable[Message], order: Order, shape: ModelShape) -> list[Upload]:
+    """The usable uploads by client number, in whatever order they came; says of each other what is wrong.
+
+    Where two nodes send for one client neither can be told to be the true one, so both are left out.
+    """
+    uploads, clients = [], order.settings.partition.clients
+    counted = asks_counts(order.settings, order.method)
+    for reply in sorted(replies, key=lambda r: r.metadata.src_node_id):
+        node = reply.metadata.src_node_id
+        if reply.has_error():
+            say(f"node {node}: {next(iter((reply.error.reason or 'failed').splitlines()), 'failed')}")
+            continue
+        try:
+            upload = unpack(reply.content, node, shape)
+            if upload.client >= clients:
+                raise BadInput(f"upload of client {upload.client}: allowed are 0 to {clients - 1}")
+            if counted and upload.class_counts is None:
+                raise BadInput(f"upload of client {upload.client}: class_counts is missing")
+            uploads.append(upload if counted else upload.without_counts())
+        except BadInput as error:
+            say(f"rejected: {error}")
+    times = Counter(upload.client for upload in uploads)
+    for client in sorted(client for client, n in times.items() if n > 1):
+        say(f"rejected: upload of client {client}: came from {times[client]} nodes")
+    return sorted((u for u in uploads if times[u.client] == 1), key=lambda u: u.client)
+
+
+def say(line: str) -> None:
+    """One line in the server's log."""
+    print(f"fedmitr: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,450 @@
+"""flower_app.py: the message, the server before a grid that needs no network, and real processes."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+pytest.importorskip("flwr")
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+
+from flwr.app import Array, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from test_cli import SMALL
+
+import fedmitr as fm
+from fedmitr.errors import BadInput
+from fedmitr.flower_app import DEFAULTS, REFUSED, Order, accept, client_app, local_upload, pack, serve, unpack
+from fedmitr.methods import METHODS
+from fedmitr.settings import build, parse_assignment
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(fm.__file__).parent.parent
+GIVEN = SMALL | {"partition.clients": 3, "partition.alpha": 1.0}
+SET = " ".join(f"{name}={value}".replace(" ", "") for name, value in GIVEN.items())
+
+
+class Loopback:
+    """A grid whose nodes are functions of this process: node k runs the client app with its node config.
+
+    silent nodes never answer; spoil(node, reply) may change a reply; last comes first where reverse.
+    """
+
+    def __init__(self, configs, silent=(), spoil=None, reverse=False):
+        self.configs, self.silent, self.spoil, self.reverse = configs, silent, spoil, reverse
+        self.sent, self.replies = [], []
+
+    def get_node_ids(self):
+        return list(self.configs)
+
+    def send_and_receive(self, messages, *, timeout=None):
+        for message in messages:
+            self.sent.append(message)
+            node = message.metadata.dst_node_id
+            if node in self.silent:
+                continue
+            reply = client_app(message, Context(1, node, self.configs[node], RecordDict(), {}))
+            self.replies.append(self.spoil(node, reply) if self.spoil else reply)
+        return self.replies[::-1] if self.reverse else self.replies
+
+
+@pytest.fixture(autouse=True)
+def identity(monkeypatch):
+    """Who writes the messages of this process; Flower's own processes set it."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder for the stores of the clients, of the server and of `fedmitr run`."""
+    return tmp_path_factory.mktemp("flower")
+
+
+@pytest.fixture(scope="module")
+def nodes(folder):
+    """Three nodes, numbered otherwise than the clients they hold, each with its own store."""
+    return {
+        11 * (4 - k): {"partition-id": k, "num-partitions": 3, "store": str(folder / f"client{k}")}
+        for k in range(3)
+    }
+
+
+@pytest.fixture(scope="module")
+def experiment(folder):
+    """The same clients as `fedmitr run` has them."""
+    settings = fm.Settings.load("smoke", dict(map(parse_assignment, SET.split())) | {"seed": 3})
+    return fm.Experiment(settings, folder / "run")
+
+
+@pytest.fixture
+def config(tmp_path):
+    """The run config; the server's store is new in every test."""
+    here = {"out": str(tmp_path / "global.safetensors"), "store": str(tmp_path / "store"), "wait": 0}
+    return here | {"profile": "smoke", "seed": 3, "set": SET}
+
+
+def same_weights(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# The message.
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_an_upload_survives_the_message_bit_for_bit(uploads, counted):
+    upload = uploads[1] if counted else uploads[1].without_counts()
+    again = unpack(pack(upload), 7, upload.shape)
+    assert again.digest == upload.digest and again.card == upload.card
+
+
+def weight(name, change):
+    def spoil(content):
+        content["weights"][name] = Array(change(torch.from_numpy(content["weights"][name].numpy())))
+
+    return spoil
+
+
+def card(**fields):
+    def spoil(content):
+        for name, value in fields.items():
+            name = name.replace("__", ".")
+            content["card"].pop(name) if value is None else content["card"].__setitem__(name, value)
+
+    return spoil
+
+
+def cut(content):
+    whole = content["weights"]["head.bias"]
+    content["weights"]["head.bias"] = Array(whole.dtype, whole.shape, whole.stype, whole.data[:-9])
+
+
+MALFORMED = {
+    "shape": (weight("head.bias", lambda w: w[:3]), "client 1", "'head.bias'"),
+    "type": (weight("head.bias", lambda w: w.double()), "client 1", "float64"),
+    "nan": (weight("head.bias", lambda w: w * float("nan")), "client 1", "NaN"),
+    "truncated": (cut, "client 1", "not readable"),
+    "missing weight": (lambda c: c["weights"].pop("head.bias"), "client 1", "'head.bias' is missing"),
+    "unknown weight": (lambda c: c["weights"].__setitem__("x", Array(torch.zeros(1))), "client 1", "unknown"),
+    "no size": (card(size=None), "client 1", "size"),
+    "size 0": (card(size=0), "client 1", "size"),
+    "no client": (card(client=None), "node 7", "client"),
+    "client -1": (card(client=-1), "client -1", "client"),
+    "client by name": (card(client="me"), "node 7", "client"),
+    "no shape": (card(shape__name=None), "client 1", "shape.name"),
+    "another field": (card(images=3), "client 1", "images"),
+    "another model": (card(shape__name="deit_tiny_patch16_224"), "client 1", "deit_tiny"),
+    "a huge model": (card(shape__num_classes=10**12), "client 1", "num_classes"),
+    "counts": (card(class_counts=[1, 2]), "client 1", "class_counts"),
+    "counts of another size": (card(class_counts=[3] * 10), "client 1", "class_counts"),
+    "no card": (lambda c: c.pop("card"), "node 7", "card"),
+    "no weights": (lambda c: c.pop("weights"), "node 7", "weights"),
+    "more than an upload": (lambda c: c.__setitem__("images", ConfigRecord()), "node 7", "images"),
+    "nothing": (lambda c: c.clear(), "node 7", "nothing"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_upload_is_one_line_that_names_its_sender(case, uploads, one_line):
+    spoil, *words = MALFORMED[case]
+    content = pack(uploads[1])
+    spoil(content)
+    with pytest.raises(BadInput) as error:
+        unpack(content, 7, uploads[1].shape)
+    one_line(error.value, *words)
+
+
+def test_settings_survive_the_message(experiment):
+    order = Order("dense", experiment.settings, ("a", "b"))
+    assert Order.unpack(order.pack()) == order
+
+
+# The server.
+
+
+@pytest.mark.parametrize("method, reverse", [("fedmitr", False), ("fedmitr", True), ("fedavg", True)])
+def test_the_global_model_is_that_of_a_run_bit_for_bit(method, reverse, nodes, experiment, config, capfd):
+    grid = Loopback(nodes, reverse=reverse)
+    outcome = serve(grid, config | {"method": method})
+    (expected,) = experiment.outcome(method).models
+    written = load_file(config["out"])
+    assert same_weights(written, expected.state_dict())
+    assert same_weights(written, outcome.models[0].state_dict())
+    assert "3 of 3 clients sent a usable upload\n" in capfd.readouterr().err
+    for reply in grid.replies:  # nothing but the upload crosses
+        assert set(reply.content) == {"weights", "card"}
+    (kept,) = Path(config["store"], "received").iterdir()
+    digests = [fm.Upload.load(kept / f"client{k}").digest for k in range(3)]
+    assert digests == [u.digest for u in experiment.uploads]
+
+
+@pytest.mark.parametrize("method, counted", [("fedavg", False), ("fedftg", True)])
+def test_the_class_histogram_crosses_only_where_it_is_needed(method, counted, nodes, config):
+    plain = SET + " ensemble.mode=size inversion.teacher=ensemble fedftg.generator_steps=1 fedftg.rounds=1"
+    grid = Loopback(nodes)
+    serve(grid, config | {"method": method, "set": plain})
+    assert [("class_counts" in reply.content["card"]) for reply in grid.replies] == [counted] * 3
+
+
+def test_without_one_node_the_others_go_on(nodes, experiment, config, capfd):
+    silent = next(node for node, held in nodes.items() if held["partition-id"] == 1)
+    outcome = serve(Loopback(nodes, silent={silent}), config | {"method": "fedavg", "timeout": 5})
+    left = [experiment.uploads[k] for k in (0, 2)]
+    expected = METHODS["fedavg"](left, experiment.settings, experiment.store).models[0]
+    assert same_weights(outcome.models[0].state_dict(), expected.state_dict())
+    told = capfd.readouterr().err
+    assert f"node {silent} did not answer in 5 s\n" in told
+    assert "2 of 3 clients sent a usable upload; missing: 1\n" in told
+
+
+def test_a_client_that_fails_says_why_at_home_only(nodes, config, capfd):
+    failing = {node: dict(held) for node, held in nodes.items()}
+    failing[44]["data-dir"] = "nowhere/mine"
+    grid = Loopback(failing)
+    serve(grid, config | {"method": "fedavg"})
+    (reply,) = [r for r in grid.replies if r.has_error()]
+    assert reply.error.reason == "client 0 failed; its own log says why"
+    told = capfd.readouterr().err
+    assert "data-dir='nowhere/mine'" in told and "node 44: client 0 failed" in told and "missing: 0\n" in told
+
+
+def test_two_uploads_for_one_client_are_both_left_out(nodes, config, capfd):
+    twice = nodes | {99: nodes[44]}
+    serve(Loopback(twice), config | {"method": "fedavg"})
+    told = capfd.readouterr().err
+    assert "rejected: upload of client 0: came from 2 nodes\n" in told and "missing: 0\n" in told
+
+
+def test_a_spoilt_upload_is_left_out_by_name(nodes, config, capfd):
+    def spoil(node, reply):
+        if node == 33:
+            weight("head.bias", lambda w: w * float("inf"))(reply.content)
+        return reply
+
+    serve(Loopback(nodes, spoil=spoil), config | {"method": "fedavg"})
+    told = capfd.readouterr().err
+    assert "rejected: upload of client 1: weight 'head.bias' holds NaN or Inf\n" in told
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [({"client": 3}, "allowed are 0 to 2"), ({"class_counts": None}, "class_counts is missing")],
+)
+def test_uploads_that_the_settings_do_not_ask_for_are_rejected(change, word, uploads, experiment, capfd):
+    content = pack(uploads[1])
+    card(**change)(content)
+    ask = Message(RecordDict(), 7, "train")
+    order = Order("fedmitr", experiment.settings, ())
+    assert accept([Message(content, reply_to=ask)], order, uploads[1].shape) == []
+    assert word in capfd.readouterr().err
+
+
+def test_an_error_without_a_reason_is_one_line(uploads, experiment, capfd):
+    ask = Message(RecordDict(), 7, "train")
+    replies = [Message(Error(0, reason), reply_to=ask) for reason in (None, "", "first\nsecond")]
+    assert accept(replies, Order("fedmitr", experiment.settings, ()), uploads[0].shape) == []
+    assert len(capfd.readouterr().err.splitlines()) == 3
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_too_few_uploads_are_one_line(there, nodes, config, one_line):
+    few = dict(list(nodes.items())[:there])
+    with pytest.raises(BadInput) as error:
+        serve(Loopback(few), config)
+    one_line(error.value, "min-clients=2", f"{there} of 3", "missing: ")
+    assert not Path(config["out"]).exists()
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        *(({"method": method}, f"method={method!r}") for method in REFUSED),
+        ({"method": "fedprox"}, "method='fedprox'"),
+        ({"profile": "huge"}, "profile='huge'"),
+        ({"seed": -1}, "seed"),
+        ({"set": "client.epochs"}, "client.epochs"),
+        ({"set": "distill.step=3"}, "distill.step"),
+        ({"set": "model.name=resnet18"}, "model.name"),
+        ({"set": "task.name=image-folder"}, "classes=''"),
+        ({"classes": "cat,dog"}, "classes='cat,dog'"),
+        ({"set": "task.name=image-folder", "classes": "cat, cat"}, "different names"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_one_line_before_any_client_is_asked(change, word, nodes, config, one_line):
+    grid = Loopback(nodes)
+    with pytest.raises(BadInput) as error:
+        serve(grid, config | change)
+    one_line(error.value, word)
+    assert not grid.sent
+
+
+@pytest.mark.parametrize("node", [{}, {"partition-id": 3}, {"partition-id": 0, "num-partitions": 2}])
+def test_a_node_that_does_not_know_which_client_it_is_fails_at_home(node, config, capfd):
+    with pytest.raises(BadInput):
+        serve(Loopback({7: node}), config)
+    assert "partition-id" in capfd.readouterr().err
+
+
+# A folder of one's own.
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two clients' folders: one holds two classes and a broken file, the other a single class."""
+    rng = torch.Generator().manual_seed(0)
+    for client, held in enumerate((("cat", "dog"), ("fox",))):
+        for name in held:
+            place = tmp_path / f"own{client}" / name
+            place.mkdir(parents=True)
+            for k in range(4):
+                pixels = torch.randint(256, (30, 26), generator=rng, dtype=torch.uint8).numpy()
+                Image.fromarray(pixels).save(place / f"{k}.png")
+    (tmp_path / "own0" / "cat" / "broken.jpg").write_bytes(b"no image")
+    return tmp_path
+
+
+def test_clients_train_on_folders_of_their_own(pictures, config, capfd):
+    nodes = {5 + k: {"partition-id": k, "data-dir": str(pictures / f"own{k}")} for k in range(2)}
+    nodes = {node: held | {"store": str(pictures / "store")} for node, held in nodes.items()}
+    grid = Loopback(nodes)
+    small = SET + " task.name=image-folder partition.clients=2"
+    serve(grid, config | {"method": "fedavg", "set": small, "classes": "cat, dog, fox"})
+    assert [r.content["card"]["class_counts"] for r in grid.replies] == [[4, 4, 0], [0, 0, 4]]
+    assert load_file(config["out"])["head.bias"].shape == (3,)
+    told = capfd.readouterr().err
+    assert "cat/broken.jpg cannot be read and is left out\n" in told and "2 of 2 clients" in told
+
+
+def test_a_class_that_nobody_named_is_one_line(pictures, one_line):
+    settings = build({"task": {"name": "image-folder"}, "partition": {"clients": 2}})
+    order = Order("fedavg", settings, ("cat", "fox"))
+    with pytest.raises(BadInput) as error:
+        local_upload(order, {"partition-id": 0, "data-dir": str(pictures / "own0"), "store": str(pictures)})
+    one_line(error.value, "'dog' is not among classes=cat,fox")
+
+
+# What ships.
+
+
+def test_the_app_folder_has_the_defaults_of_the_code():
+    app = tomllib.loads((ROOT / "flower" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    assert app["config"] == DEFAULTS
+    assert app["components"] == {
+        "serverapp": "fedmitr.flower_app:server_app",
+        "clientapp": "fedmitr.flower_app:client_app",
+    }
+
+
+def test_flower_is_optional():
+    code = """
+import sys
+sys.modules["flwr"] = None
+import fedmitr
+try:
+    import fedmitr.flower_app
+except fedmitr.BadInput as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1 and "fedmitr[flower]" in done.stdout
+
+
+# Real processes on this machine.
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(name, *words): a process whose output goes to NAME.log; all are ended, with what they started."""
+    scripts = Path(sys.executable).parent
+    running = []
+    environment = os.environ | {
+        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "FLWR_HOME": str(tmp_path / "flwr"),
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+    }
+
+    def begin(name, *words):
+        if not (command := shutil.which(words[0], path=environment["PATH"])):
+            pytest.skip(f"{words[0]} is not installed")
+        with (tmp_path / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [command, *words[1:]], stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        running.append(process)
+        return process
+
+    yield begin
+    # Flower's processes start others in sessions of their own, so they are found by their parents.
+    for pid in descendants([process.pid for process in running]):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for process in running:
+        process.wait(10)
+
+
+def descendants(parents):
+    """The numbers of these processes and of all that they started."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
+    found = list(parents)
+    for parent in found:
+        found += [pid for pid, above in pairs if above == parent and pid not in found]
+    return found
+
+
+def listens(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_until(true, seconds):
+    end = time.monotonic() + seconds
+    while not (done := true()) and time.monotonic() < end:
+        time.sleep(0.2)
+    return done
+
+
+@pytest.mark.skipif(not shutil.which("ps"), reason="processes cannot be listed")
+def test_real_processes_make_the_model_of_a_run(start, experiment, tmp_path):
+    port, out = free_port(), tmp_path / "global.safetensors"
+    (tmp_path / "flwr").mkdir()
+    (tmp_path / "flwr" / "config.toml").write_text(
+        f'[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    link = ["--insecure", "--host", "127.0.0.1", "--port", str(port)]
+    link = start("superlink", "flower-superlink", *link, "--disable-runtime-dependency-installation")
+    if not wait_until(lambda: listens(port) or link.poll() is not None, 30) or link.poll() is not None:
+        pytest.skip("flower-superlink does not start here")
+    for k in range(3):
+        node = f'partition-id={k} num-partitions=3 store="{tmp_path / f"store{k}"}"'
+        words = ["--superlink", f"127.0.0.1:{port}", "--port", str(free_port()), "--node-config", node]
+        start(f"supernode{k}", "flower-supernode", "--insecure", *words)
+    given = f'profile="smoke" seed=3 wait=30 timeout=60 set="{SET}" out="{out}" store="{tmp_path / "server"}"'
+    start("run", "flwr", "run", str(ROOT / "flower"), "here", "--stream", "--run-config", given)
+    done = wait_until(lambda: "global model of" in (tmp_path / "run.log").read_text(errors="replace"), 85)
+    assert done, "\n".join(p.read_text(errors="replace")[-2000:] for p in tmp_path.glob("*.log"))
+    (expected,) = experiment.outcome("fedmitr").models
+    assert same_weights(load_file(out), expected.state_dict())

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from .compare import NAMES, REFERENCE, REFERENCES, SEVERAL, paired
+from .compare import NAMES, REFERENCE, REFERENCES, SEVERAL, across_skews, paired
 
 HOLDS, FAILS, OPEN, UNTESTED = "holds", "does not hold", "not decided by these seeds", "not tested here"
 COLUMNS = ("claim", "what was run", "result", "verdict")
@@ -28,9 +28,9 @@ def claims(runs: pd.DataFrame, cells: pd.DataFrame, skews: pd.DataFrame) -> pd.D
     grid = cells[cells["panel"] == "components"].pivot(index="seed", columns="cell", values="accuracy")
     default, rival = "sparse · relabel", best_rival(runs)
     seeds = f"{len(of)} seeds, α = {runs['alpha'].iloc[0]:g}"
-    pooled = skews.pivot_table(index="seed", columns="method", values="accuracy")
+    pooled = across_skews(skews).pivot(index="seed", columns="method", values="accuracy")
     across = f"{len(pooled)} seeds, mean over α = " + ", ".join(f"{a:g}" for a in skews["alpha"].unique())
-    rival_across = best_rival(skews)
+    rival_across = best_rival(across_skews(skews))
     few = f"{len(grid)} seeds, components"
     differences = {
         "The best single global model of one-shot federated learning under label skew": (

@@ -109,19 +109,26 @@ def summarise_skews(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat({alpha: summarise(some) for alpha, some in runs.groupby("alpha")}, names=["alpha"])
 
 
+def across_skews(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row per method and seed, its accuracy the mean over alphas; of seeds that ran at all of them."""
+    complete = runs.groupby("seed")["alpha"].transform("nunique") == runs["alpha"].nunique()
+    keys = ["method", "seed"]
+    return runs[complete].groupby(keys, sort=False, as_index=False)["accuracy"].mean()
+
+
 def skew_table(runs: pd.DataFrame) -> pd.DataFrame:
     """Methods, best first, against alphas and the mean over them: mean ± std and `interval`, as text."""
-    together = runs.groupby(["method", "seed"], sort=False, as_index=False)["accuracy"].mean()
-    columns = {f"α = {alpha:g}": summarise(some) for alpha, some in runs.groupby("alpha")}
-    columns["mean over α"] = overall = summarise(together)
+    parts = {f"α = {alpha:g}": some for alpha, some in runs.groupby("alpha")}
+    parts["mean over α"] = together = across_skews(runs)
+    order = summarise(together).sort_values("mean", ascending=False).index
     text = {
-        name: [
+        f"{name}, {some['seed'].nunique()} seeds": [
             f"{row['mean']:.3f} ± {row['std']:.3f}, {interval(row)}".removesuffix(", ")
-            for _, row in table.loc[overall.index].iterrows()
+            for _, row in summarise(some).loc[order].iterrows()
         ]
-        for name, table in columns.items()
+        for name, some in parts.items()
     }
-    return pd.DataFrame(text, overall.index).loc[overall["mean"].sort_values(ascending=False).index]
+    return pd.DataFrame(text, order)
 
 
 def paired(one: pd.Series, other: pd.Series | float) -> tuple[float, float]:

@@ -65,11 +65,14 @@ def test_several_alphas_are_summarised_each_by_itself(runs):
 
 def test_the_table_of_skews_says_what_the_summaries_say(runs):
     harder = runs.assign(alpha=0.05, accuracy=runs["accuracy"] / 2)
-    table = skew_table(pd.concat([runs, harder]))
-    assert list(table.columns) == ["α = 0.05", "α = 0.1", "mean over α"]
+    more = runs.assign(seed=runs["seed"] + 5)  # seeds that ran at one alpha alone
+    table = skew_table(pd.concat([runs, more, harder]))
+    seeds = {"α = 0.05": "5 seeds", "α = 0.1": "10 seeds", "mean over α": "5 seeds"}
+    assert list(table.columns) == [f"{name}, {count}" for name, count in seeds.items()]
+    table.columns = list(seeds)
     assert list(table.index) == list(summarise(runs).sort_values("mean", ascending=False).index)
     both = runs.assign(accuracy=0.75 * runs["accuracy"])
-    for some, column in ((harder, "α = 0.05"), (runs, "α = 0.1"), (both, "mean over α")):
+    for some, column in ((harder, "α = 0.05"), (pd.concat([runs, more]), "α = 0.1"), (both, "mean over α")):
         for method, row in summarise(some).iterrows():
             said = f"{row['mean']:.3f} ± {row['std']:.3f}"
             said += "" if method == "fedmitr" else f", {interval(row)}"

@@ -28,9 +28,9 @@ from torch.nn.utils import clip_grad_norm_
 
 from fedmitr import BadInput, Ensemble, attention, invert
 from fedmitr.bench import CLASSES, random_uploads, torch_threads
+from fedmitr.blocks import EnsembleSettings, InversionSettings
 from fedmitr.pixels import Shape
 from fedmitr.runtime import autocast, compiled, device, generator
-from fedmitr.settings import EnsembleSettings, InversionSettings
 from fedmitr.vit import class_logits, create_vit, embed_patches, image_logits
 
 CHUNKS = (5, 10, 20, 50)

@@ -25,13 +25,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .blocks import EnsembleSettings, InversionSettings
 from .ensemble import Ensemble
 from .errors import BadInput
 from .inversion import invert, remaining
 from .paths import home
 from .pixels import Shape
 from .runtime import describe, device, generator, native_bf16, progress
-from .settings import EnsembleSettings, InversionSettings
 from .upload import ModelShape, Upload
 from .vit import create_vit, image_logits
 

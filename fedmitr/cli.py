@@ -173,10 +173,7 @@ def tell_plan(method: str, settings: Settings, as_json: bool) -> None:
         click.echo(json.dumps([asdict(stage) for stage in stages]))
         return
     click.echo(plan_table(stages).to_string())
-    click.echo(
-        "Computed, not measured: the models' operations, at a rate that you know better than this table;"
-    )
-    click.echo("memory in float32, the most that a stage holds.")
+    click.echo("Computed, not measured: operations of the models alone; memory in float32.")
 
 
 @main.command(epilog=HINT)

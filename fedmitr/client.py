@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .augment import random_maps, warp
+from .blocks import ClientSettings, FuseflSettings
 from .fuse import (
     Fused,
     adaptor_arrays,
@@ -25,7 +26,6 @@ from .fuse import (
 )
 from .optim import make_optimizer, make_schedule
 from .runtime import autocast, device, generator
-from .settings import ClientSettings, FuseflSettings
 from .store import Store, fingerprint, read_tensors, write_tensors
 from .tasks import Split
 from .upload import ModelShape, Upload

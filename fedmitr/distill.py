@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from .augment import random_maps, warp, warp_mask
+from .blocks import DistillSettings, RelabelSettings
 from .ensemble import Ensemble, fit_offset
 from .errors import BadInput
 from .inversion import SyntheticSet
@@ -18,7 +19,6 @@ from .optim import make_optimizer, make_schedule
 from .relabel import background_labels, soft_token_labels, tempered, token_targets
 from .runtime import autocast, generator
 from .scenes import texture
-from .settings import DistillSettings, RelabelSettings
 from .vit import forward_tokens, grid_size, image_logits, normalisation
 
 VIEW_BATCH = 256  # images that the teacher labels together

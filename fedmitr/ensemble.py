@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .blocks import EnsembleSettings
 from .errors import BadInput
 from .runtime import autocast, compiled, generator, uses_bf16
-from .settings import EnsembleSettings
 from .upload import Upload, check_same_shape
 from .vit import class_logits, forward_tokens, kept_patches, patch_importance
 

@@ -21,7 +21,7 @@ from .errors import BadInput
 from .fuse import stage_blocks
 from .methods import METHODS, Outcome
 from .metrics import accuracy, accuracy_per_class, inference_flops
-from .parallel import jobs, parallel
+from .parallel import jobs, parallel, spreads
 from .partition import partition
 from .paths import default_store
 from .photos import num_classes
@@ -100,7 +100,7 @@ class Experiment:
         """All uploads with their histograms; those that are not in the store are trained side by side."""
         names = range(len(self.shards))
         todo = [k for k in names if not self.store.has("uploads", self.upload_key(k))]
-        if len(todo) > 1 and jobs() > 1:
+        if len(todo) > 1 and spreads():
             todo.sort(key=lambda k: -len(self.shards[k]))  # the longest first
             with progress(len(todo), "clients", "client") as bar:
                 for _ in parallel(partial(_train_apart, self.settings, self.store.root), todo):

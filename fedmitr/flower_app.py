@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import ValidationError
 
+from .blocks import TASKS
 from .errors import BadInput
 from .methods import METHODS, Outcome
 from .parallel import jobs
 from .paths import default_store
-from .settings import TASKS, Settings, build, parse_assignment
+from .settings import Settings, build, parse_assignment
 from .store import Store, check_writable, fingerprint, write_tensors
 from .upload import Card, ModelShape, Upload, asks_counts
-from .vit import normalisation, shared_vit
+from .vit import create_vit, normalisation, shared_vit
 
 try:
     from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
@@ -89,8 +90,10 @@ class Order(NamedTuple):
     @property
     def shape(self) -> ModelShape:
         """The shape that every upload must have; no weights are read for it."""
-        plain = self.settings.model.model_copy(update={"pretrained": False, "checkpoint": None})
-        return ModelShape.of(plain.name, shared_vit(plain, self.num_classes))
+        model = self.settings.model
+        return ModelShape.of(
+            model.name, create_vit(model.name, self.num_classes, image_size=model.image_size)
+        )
 
     def pack(self) -> RecordDict:
         record = {"method": self.method, "settings": self.settings.model_dump_json()}

@@ -11,9 +11,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .attention import run_blocks
+from .blocks import FuseflSettings
 from .ensemble import combine
 from .errors import BadInput
-from .settings import FuseflSettings
 from .vit import embed_patches, kept_patches, read_by_head
 
 # What comes before the blocks belongs to the first stage; what is neither this nor a block, to the last.

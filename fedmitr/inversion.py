@@ -20,12 +20,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from .augment import random_maps, warp, warp_coverage
+from .blocks import InversionSettings
 from .ensemble import Ensemble, Owners
 from .errors import BadInput
 from .optim import rate_factor
 from .pixels import Shape, halo, random_move, total_variation, total_variation_gradient, windows
 from .runtime import device, generator
-from .settings import InversionSettings
 from .store import read_tensors, write_tensors
 from .vit import gather_tokens, patchify
 

@@ -57,10 +57,14 @@ def memory() -> float:
 
 
 def backend() -> str:
-    """The joblib backend, $FEDMITR_BACKEND; BadInput for one that is unknown or not installed."""
+    """The joblib backend, $FEDMITR_BACKEND; BadInput for one that is unknown, missing or without clusters."""
     name = os.environ.get(BACKEND, "loky")
     if name not in BACKENDS:
         raise BadInput(f"{BACKEND}={name!r} is unknown: allowed are {', '.join(BACKENDS)}")
+    if name == "loky" and os.environ.get(CLUSTER):
+        raise BadInput(
+            f"{CLUSTER}={os.environ[CLUSTER]!r} needs a backend of clusters: allowed are dask, ray"
+        )
     if name != "loky":
         try:
             __import__({"dask": "distributed", "ray": "ray.util.joblib"}[name])
@@ -69,52 +73,85 @@ def backend() -> str:
     return name
 
 
+def spreads() -> bool:
+    """Whether `parallel` has workers to give several items to."""
+    return backend() != "loky" or jobs() > 1
+
+
 def parallel(function: Callable[[Item], Made], items: Sequence[Item]) -> Iterator[tuple[int, Made]]:
     """function of every item, as (index, result), in the order in which they finish.
 
     One item, or one process, is computed here; else functions and items go to workers.
     """
-    name, processes = backend(), min(jobs(), len(items))
-    if len(items) <= 1 or (processes <= 1 and name == "loky"):
+    if len(items) <= 1 or not spreads():
         yield from ((i, function(item)) for i, item in enumerate(items))
         return
-    with workers(name, processes) as pool:
-        yield from pool(joblib.delayed(_alone)(function, i, item) for i, item in enumerate(items))
+    with workers(backend(), min(jobs(), len(items))) as pool:
+        yield from pool(
+            joblib.delayed(_alone)(os.getpid(), function, i, item) for i, item in enumerate(items)
+        )
 
 
 @contextmanager
 def workers(name: str, processes: int) -> Iterator[joblib.Parallel]:
-    """The workers of a backend: those of the cluster at $FEDMITR_CLUSTER, else this many processes here."""
+    """The workers of a backend: those of the cluster at $FEDMITR_CLUSTER, else this many processes here.
+
+    Raises BadInput for a cluster that does not answer.
+    """
     address = os.environ.get(CLUSTER)
     with ExitStack() as stack:
-        if name == "dask":
-            from distributed import Client, LocalCluster
-
+        try:
+            if name == "dask":
+                stack.enter_context(_dask(address, processes))
+            elif name == "ray":
+                stack.enter_context(_ray(address, processes))
+        except (OSError, ValueError) as error:  # no such host, nobody there, no address
             if not address:
-                local = LocalCluster(n_workers=processes, threads_per_worker=1, dashboard_address=None)
-                address = stack.enter_context(local).scheduler_address
-            stack.enter_context(Client(address, set_as_default=True))
-        elif name == "ray":
-            import ray
-            from ray.util.joblib import register_ray
-
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
-            here = {"num_cpus": processes, "include_dashboard": False}
-            ray.init(address=address or "local", ignore_reinit_error=True, **({} if address else here))
-            stack.callback(ray.shutdown)
-            register_ray()
+                raise
+            raise BadInput(f"{CLUSTER}={address!r}: no {name} cluster answers there") from error
         many = processes if name == "loky" else -1
-        as_they_come = (
-            "list" if name == "ray" else "generator_unordered"
-        )  # Ray's gives all of them at the end
+        order = "list" if name == "ray" else "generator_unordered"  # Ray's backend knows lists alone
         with joblib.parallel_config(backend=name):
-            yield joblib.Parallel(n_jobs=many, return_as=as_they_come)
+            yield joblib.Parallel(n_jobs=many, return_as=order)
 
 
-def _alone(function: Callable[[Item], Made], index: int, item: Item) -> tuple[int, Made]:
-    """In a worker: no further processes, no progress bar, and a GPU of its own where there are several."""
+@contextmanager
+def _dask(address: str | None, processes: int) -> Iterator[None]:
+    from distributed import Client, LocalCluster
+
+    with ExitStack() as stack:
+        if not address:
+            local = LocalCluster(n_workers=processes, threads_per_worker=1, dashboard_address=None)
+            address = stack.enter_context(local).scheduler_address
+        stack.enter_context(Client(address, set_as_default=True))
+        yield
+
+
+@contextmanager
+def _ray(address: str | None, processes: int) -> Iterator[None]:
+    import ray
+    from ray.util.joblib import register_ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+    here = {"num_cpus": processes, "include_dashboard": False}
+    ray.init(address=address or "local", ignore_reinit_error=True, **({} if address else here))
+    try:
+        register_ray()
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _alone(parent: int, function: Callable[[Item], Made], index: int, item: Item) -> tuple[int, Made]:
+    """In a worker: no further processes, no progress bar, and a GPU of its own where there are several.
+
+    joblib computes in the parent process itself where a cluster has a single worker.
+    """
+    if os.getpid() == parent:
+        return index, function(item)
     os.environ[VARIABLE] = os.environ["FEDMITR_STATIC"] = "1"
     os.environ[BACKEND] = "loky"
+    os.environ.pop(CLUSTER, None)
     if torch.cuda.is_available():
         number = re.search(r"\d+$", multiprocessing.current_process().name)  # LokyProcess-3
         torch.cuda.set_device(int(number[0] if number else os.getpid()) % torch.cuda.device_count())

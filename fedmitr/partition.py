@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .blocks import PartitionSettings
 from .errors import BadInput
 from .runtime import derive_seed
-from .settings import PartitionSettings
 
 REDRAWS = 500
 

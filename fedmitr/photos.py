@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .blocks import TASKS, TaskSettings
 from .errors import BadInput
 from .paths import home
 from .runtime import progress
-from .settings import TASKS, TaskSettings
 from .store import Store, write_json
 
 CPU = torch.device("cpu")

@@ -18,10 +18,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .blocks import GeneratorSettings, InversionSettings, RivalSettings, TaskSettings
 from .distill import FIT_VIEWS
 from .inversion import remaining
 from .photos import list_folders, num_classes
-from .settings import GeneratorSettings, InversionSettings, RivalSettings, Settings, TaskSettings
+from .settings import Settings
 from .vit import class_logits, create_vit
 
 ADAM = 4  # copies of a model in training: weights, gradients, two moments
@@ -112,8 +113,12 @@ def plan(method: str, settings: Settings) -> list[Stage]:
         stages += [inversion(settings, settings.inversion, vit, costs)]
         stages += distillation(settings, costs, settings.distill.calibrate)
     elif method not in WITHOUT_SERVER:
-        own = getattr(settings, method, RivalSettings())
-        stages += [images_of_rival(method, settings, vit, costs)]
+        own = getattr(settings, method)
+        if settings.budget == "own" and isinstance(own, GeneratorSettings):
+            budget = {"inversion": {"images": own.images}, "distill": {"steps": own.student_steps}}
+            blocks = {name: getattr(settings, name).model_copy(update=new) for name, new in budget.items()}
+            settings = settings.model_copy(update=blocks)
+        stages += [images_of_rival(own, settings, vit, costs)]
         stages += distillation(settings, costs, own.calibrate)
     return stages
 
@@ -168,10 +173,9 @@ def inversion(settings: Settings, how: InversionSettings, vit: VisionTransformer
     return Stage("inversion", what, how.images * teachers * flops, held)
 
 
-def images_of_rival(method: str, settings: Settings, vit: VisionTransformer, costs: Costs) -> Stage:
+def images_of_rival(own: RivalSettings, settings: Settings, vit: VisionTransformer, costs: Costs) -> Stage:
     """Dense inversion against the student, or the passes that train a generator, without its own."""
-    own = getattr(settings, method, None)
-    if not isinstance(own, GeneratorSettings):
+    if not isinstance(own, GeneratorSettings):  # F-ADI
         update = {"stop_at": (), "stop_ratio": (), "iterations": own.iterations}
         dense = inversion(settings, settings.inversion.model_copy(update=update), vit, costs)
         rival = settings.inversion.images * own.iterations * costs.to_image.flops * (own.competition > 0)

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .blocks import RelabelSettings
 from .ensemble import Ensemble
 from .inversion import SyntheticSet
-from .settings import RelabelSettings
 
 
 def token_targets(labels: Tensor, mask: Tensor, soft: Tensor, settings: RelabelSettings) -> Tensor:

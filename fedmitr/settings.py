@@ -1,30 +1,37 @@
-"""Every setting of a run: name, default, allowed range, source. Nested as the rooms are.
+"""Every setting of a run, and the ways to say it: Python, YAML profiles, `--set`, papermill parameters.
 
-The same dotted names work in Python, in YAML profiles, in `--set` and as papermill parameters.
-The defaults are the `laptop` profile's unless a profile says otherwise.
+All take the same dotted names, `block.setting`; blocks.py has what they mean.
 """
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
+from .blocks import (
+    TASKS,
+    Block,
+    ClientSettings,
+    CoBoostingSettings,
+    Count,
+    DenseSettings,
+    DistillSettings,
+    EnsembleSettings,
+    FadiSettings,
+    FdaflSettings,
+    FedftgSettings,
+    FuseflSettings,
+    InversionSettings,
+    ModelSettings,
+    PartitionSettings,
+    RelabelSettings,
+    TaskSettings,
+    setting,
+)
 from .errors import BadInput
 from .paths import shipped
 
 PROFILES = ("smoke", "laptop", "gpu", "paper")
-# name -> number of classes; None: read from the folder
-TASKS = {
-    "digits": 10,
-    "digits-plain": 10,
-    "cifar10": 10,
-    "cifar100": 100,
-    "svhn": 10,
-    "tiny-imagenet": 200,
-    "mini-imagenet": 100,
-    "office-home": 65,
-    "image-folder": None,
-}
 METHODS = (
     "fedmitr",
     "fedavg",
@@ -38,309 +45,6 @@ METHODS = (
     "local",
     "central",
 )
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-OpenShare = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
-Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Precision = Literal["auto", "fp32", "bf16"]
-
-
-def setting(default: Any, meaning: str, source: str = "ours", **limits: Any) -> Any:
-    """A field with its meaning and the source of its default."""
-    return Field(default, description=meaning, json_schema_extra={"source": source}, **limits)
-
-
-class Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
-
-
-def precision_of(what: str) -> Any:
-    """A stage's setting for the precision of its matrix products."""
-    return setting("fp32", f"matrix products of {what}; auto: bf16 where the hardware multiplies it")
-
-
-class TaskSettings(Block):
-    """What is learnt."""
-
-    name: str = setting("digits", "task: " + ", ".join(TASKS))
-    clutter: Share = setting(0.5, "brightest background texture, of full scale; digits-plain has 0")
-    scale: tuple[OpenShare, Positive] = setting(
-        (0.55, 0.75), "smallest and largest side of a digit, of the scene's"
-    )
-    degrees: NotNegative = setting(15.0, "largest rotation of a digit, degrees")
-    data_dir: str | None = setting(
-        None, "folder of the images; for cifar10, cifar100 and svhn by default data/downloads"
-    )
-    download: bool = setting(False, "let torchvision download cifar10, cifar100 or svhn to data_dir")
-    validation: OpenShare = setting(
-        0.1,
-        "share held out for validation: of all images, or of training images where the test part is given",
-    )
-    test: OpenShare = setting(0.25, "share held out for the test, unless the task has a test part of its own")
-    limit: int | None = setting(
-        None, "most training images of a class, drawn by the seed; validation and test stay whole", ge=1
-    )
-
-    @model_validator(mode="after")
-    def _scale_rises(self):
-        if self.scale[0] > self.scale[1]:
-            raise ValueError(f"scale={list(self.scale)} must rise")
-        return self
-
-
-class PartitionSettings(Block):
-    """Who holds what."""
-
-    scheme: Literal["dirichlet", "shards", "iid", "quantity", "domain"] = setting(
-        "dirichlet", "how classes are spread; domain: one domain a client (office-home)"
-    )
-    clients: Count = setting(5, "number of clients K", "paper")
-    alpha: Positive = setting(0.1, "Dirichlet concentration; small is extreme skew", "paper")
-    classes_per_client: Count = setting(2, "classes a client holds, scheme=shards", "McMahan et al. 2017")
-    min_size: Count = setting(
-        10, "smallest shard allowed, images", "Dirichlet practice since Yurochkin et al. 2019"
-    )
-
-
-class ModelSettings(Block):
-    """The shared initial model."""
-
-    name: str = setting("vit_micro", "vit_micro or a timm Vision Transformer")
-    pretrained: bool = setting(True, "start from pretrained weights", "paper")
-    checkpoint: str | None = setting(None, "local safetensors file with weights, instead of a download")
-    image_size: int | None = setting(None, "side of the images, pixels; default the model's", ge=1)
-
-
-class ClientSettings(Block):
-    """Local training."""
-
-    epochs: Count = setting(15, "passes over the shard")
-    batch_size: Count = setting(32, "images a step")
-    optimizer: Literal["adamw", "sgd"] = setting("adamw", "optimiser")
-    lr: Positive = setting(1e-3, "peak learning rate")
-    momentum: Share = setting(0.9, "SGD momentum")
-    weight_decay: NotNegative = setting(0.05, "decoupled for AdamW", "DeiT")
-    schedule: Literal["one_cycle", "cosine", "constant"] = setting(
-        "one_cycle", "learning rate over the steps"
-    )
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = setting(0.0, "label smoothing")
-    augment: Share = setting(0.5, "strength of random scale, rotation and shift; 0 is none")
-    token_weight: NotNegative = setting(
-        0.0, "weight of the image label on the patch tokens as well", "LV-ViT"
-    )
-    fedprox: NotNegative = setting(
-        0.0, "weight μ of (μ/2)‖w − w_shared‖² in the local loss; 0 is plain training", "Li et al. 2020"
-    )
-    precision: Precision = precision_of("local training")
-
-
-class EnsembleSettings(Block):
-    """How the uploads become one teacher."""
-
-    mode: Literal["mean_probs", "mean_logits", "size", "class"] = setting(
-        "class",
-        "mean of probabilities or logits, weighted by n_k, or by class counts c_k",
-        "choice; FedFTG: class",
-    )
-    precision: Precision = precision_of("the teacher, in inversion and for labels")
-    compile: bool = setting(False, "run the teacher through torch.compile; where that fails, without")
-
-
-class InversionSettings(Block):
-    """Sparse model inversion; no stops is dense inversion."""
-
-    teacher: Literal["ensemble", "owners"] = setting(
-        "owners",
-        "who is inverted: the ensemble, or for each image one client, drawn by shares of its class",
-        "choice; paper: ensemble",
-    )
-    images: Count = setting(400, "synthetic images in all")
-    batch_size: Count = setting(200, "images inverted together", "SMI: 100")
-    iterations: Count = setting(100, "steps of the optimiser", "SMI: 4000")
-    lr: Positive = setting(0.4, "Adam's learning rate", "SMI: 0.25")
-    betas: tuple[Beta, Beta] = setting((0.5, 0.99), "Adam's betas", "SMI")
-    schedule: Literal["constant", "cosine"] = setting(
-        "cosine", "learning rate over the iterations", "SMI: constant"
-    )
-    stop_at: tuple[int, ...] = setting(
-        (10, 20, 30, 40), "iterations after which patches stop", "SMI: 50,100,200,300"
-    )
-    stop_ratio: tuple[OpenShare, ...] = setting(
-        (0.16, 0.16, 0.16, 0.16), "share of the remaining patches; half are left", "SMI: four times 0.3"
-    )
-    ce: NotNegative = setting(1.0, "weight of the cross-entropy to the target", "SMI")
-    tv: NotNegative = setting(3e-3, "weight of the L2 total variation", "SMI: 1e-4")
-    l2: NotNegative = setting(0.0, "weight of the squared norm of the pixels", "SMI")
-    jitter: Annotated[float, Field(ge=0, lt=0.5)] = setting(
-        0.125, "largest shift of a view, of the side, where augment is 0", "SMI"
-    )
-    augment: Share = setting(
-        0.7,
-        "strength of random scale, rotation and shift of views, as in distillation; 0: jitter instead",
-        "ours; SMI: none",
-    )
-    flip: bool = setting(False, "mirror views at random (letters and digits are not symmetric)", "SMI: true")
-    background: Literal["keep", "zero", "noise", "mean"] = setting(
-        "keep", "pixels of a stopped patch", "choice"
-    )
-    keep_best: bool = setting(True, "return each image's iterate of least loss after the last stop", "SMI")
-
-    @model_validator(mode="after")
-    def _stops_fit(self):
-        if len(self.stop_ratio) != len(self.stop_at):
-            raise ValueError(
-                f"stop_ratio has {len(self.stop_ratio)} values for {len(self.stop_at)} stops: give as many"
-            )
-        if list(self.stop_at) != sorted(set(self.stop_at)):
-            raise ValueError(f"stop_at={list(self.stop_at)} must rise")
-        if self.stop_at and (self.stop_at[0] < 1 or self.stop_at[-1] >= self.iterations):
-            raise ValueError(f"stop_at={list(self.stop_at)} must lie in [1, iterations={self.iterations})")
-        return self
-
-
-class RelabelSettings(Block):
-    """Which label each patch token learns."""
-
-    mode: Literal["relabel", "pseudo", "soft", "none"] = setting(
-        "relabel", "the paper's, or an ablation of it", "paper"
-    )
-    source: Literal["token_logits", "background_cls"] = setting(
-        "token_logits", "soft label of a patch", "choice"
-    )
-    temperature: Positive = setting(1.0, "of the soft token labels", "choice")
-    foreground_soft: Share = setting(0.5, "share of the soft label mixed into the pseudo-label", "ours")
-
-
-class DistillSettings(Block):
-    """Distilling the global model."""
-
-    steps: Count = setting(400, "student steps")
-    batch_size: Count = setting(64, "synthetic images a step")
-    lr: Positive = setting(6e-4, "peak learning rate of AdamW, one cycle; FedMITR alone")
-    weight_decay: NotNegative = setting(0.05, "AdamW's", "DeiT")
-    start: Literal["average", "initial"] = setting("average", "student's start", "choice")
-    temperature: Positive = setting(1.0, "T of the distillation loss", "choice")
-    ce_weight: NotNegative = setting(
-        0.25, "λ_ce, cross-entropy of CLS to the target; FedMITR alone", "choice"
-    )
-    calibrate: NotNegative = setting(
-        0.02,
-        "penalty λ of class offsets, fitted to the labels of synthetic views, that the ensemble gets before "
-        "FedMITR distils it; 0: none",
-        "ours",
-    )
-    token_weight: NotNegative = setting(0.1, "λ_tok, loss of the patch tokens", "choice")
-    background: Literal["keep", "texture"] = setting(
-        "texture", "low-density patches in each view: as inverted, or fresh smooth texture", "choice"
-    )
-    views: int = setting(
-        8, "random views drawn of each image, labelled by the teacher once; 0: new ones every step", ge=0
-    )
-    augment: Share = setting(1.0, "strength of random scale, rotation and shift of pixels and mask")
-    precision: Precision = precision_of("the student's training")
-
-
-def of_labels(default: float) -> Any:
-    """How much the labels of a method's images count in its student's loss."""
-    return setting(default, "weight of the cross-entropy of CLS to the images' labels, in distillation")
-
-
-def of_offsets(default: float) -> Any:
-    """Whether a method's teacher is calibrated on the labels of its images."""
-    return setting(
-        default, "penalty λ of class offsets fitted to the images' labels before each round; 0: none"
-    )
-
-
-# Of the `distill` block; every other method that distils has its own (`RivalSettings`) or no use for it.
-FEDMITR_ALONE = {"lr", "ce_weight", "calibrate", "token_weight"}
-
-
-class RivalSettings(Block):
-    """What every other method that distils has: its rate, and FedMITR's gains where validation says so."""
-
-    student_lr: Positive = setting(3e-4, "peak learning rate of its student")
-    ce_weight: NotNegative = of_labels(0.0)
-    calibrate: NotNegative = of_offsets(0.0)
-
-
-class FadiSettings(RivalSettings):
-    """F-ADI: dense DeepInversion against a growing student, then distillation."""
-
-    ce_weight: NotNegative = of_labels(0.25)
-    calibrate: NotNegative = of_offsets(0.02)
-    rounds: Count = setting(2, "times that inversion and distillation alternate", "choice")
-    iterations: Count = setting(
-        62, "steps of the optimiser; no fewer patch-steps than FedMITR's sparse ones", "ADI: 2000"
-    )
-    competition: NotNegative = setting(
-        1.0, "weight of 1 − JS(teacher, student) in the inversion loss", "choice"
-    )
-
-
-class GeneratorSettings(RivalSettings):
-    """What every method with a generator has."""
-
-    rounds: Count = setting(4, "rounds of generation, then distillation", "DENSE, Co-Boosting: 200")
-    generator_steps: Count = setting(15, "optimiser steps of the generator in a round", "DENSE: 30")
-    lr: Positive = setting(5e-3, "Adam's learning rate of the generator", "DENSE: 1e-3")
-    latent: Count = setting(100, "length of the noise z", "FedFTG; DENSE: 256")
-    width: Count = setting(16, "channels of the generator", "DENSE: 64")
-    images: Count = setting(400, "synthetic images in all, under budget=own")
-    student_steps: Count = setting(400, "student steps in all, under budget=own")
-
-
-class FdaflSettings(GeneratorSettings):
-    """F-DAFL: a generator whose images excite the ensemble, each one class, all classes alike."""
-
-    batch_size: Count = setting(64, "images of a generator step", "DAFL: 512")
-    activation: NotNegative = setting(0.1, "weight α of the teacher's mean absolute feature", "DAFL")
-    entropy: NotNegative = setting(5.0, "weight β of the batch's class entropy", "DAFL")
-
-
-class DenseSettings(GeneratorSettings):
-    """DENSE: images of given classes on which student and ensemble still disagree."""
-
-    ce_weight: NotNegative = of_labels(0.25)
-    calibrate: NotNegative = of_offsets(0.02)
-    disagreement: NotNegative = setting(
-        1.0, "weight of the boundary-support loss", "DENSE, in Co-Boosting's code"
-    )
-    temperature: Positive = setting(3.0, "T of that loss", "DENSE, in Co-Boosting's code")
-
-
-class CoBoostingSettings(DenseSettings):
-    """Co-Boosting: DENSE on hard samples, with an ensemble whose weights are learned."""
-
-    ce_weight: NotNegative = of_labels(0.0)
-    calibrate: NotNegative = of_offsets(0.0)
-    hardness: NotNegative = setting(1.0, "exponent of (1 − p_y) in the hard-sample loss", "Co-Boosting")
-    perturbation: NotNegative = setting(
-        8 / 255, "step of the adversarial perturbation, of full brightness", "Co-Boosting"
-    )
-    weight_step: NotNegative = setting(0.002, "step μ of the ensemble's weights", "Co-Boosting: 0.01")
-    weight_decay: Share = setting(0.99, "factor of μ from round to round", "Co-Boosting")
-
-
-class FedftgSettings(GeneratorSettings):
-    """FedFTG: a class-conditional generator of hard samples for the averaged model."""
-
-    batch_size: Count = setting(64, "images of a generator step", "FedFTG: 50")
-    lr: Positive = setting(1e-3, "Adam's learning rate of the generator")
-    classification: NotNegative = setting(1.0, "weight λ_cls of the class-level cross-entropy", "FedFTG")
-    diversity: NotNegative = setting(1.0, "weight λ_dis of the diversity loss", "FedFTG")
-
-
-class FuseflSettings(Block):
-    """FuseFL: train, upload and fuse the network stage by stage."""
-
-    stages: Count = setting(2, "stages the network is split into; one exchange each", "FuseFL")
-    adaptor: Literal["average", "linear"] = setting(
-        "average", "how clients' features are fused between stages", "FuseFL"
-    )
 
 
 class Settings(Block):

@@ -10,11 +10,11 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from .blocks import TASKS, TaskSettings
 from .errors import BadInput
 from .photos import PHOTO_TASKS, Photos, load_photos
 from .runtime import derive_seed, generator
 from .scenes import compose, place, random_affine, texture
-from .settings import TASKS, TaskSettings
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from torch import Tensor
 
 from .attention import look, run_blocks
+from .blocks import ModelSettings
 from .errors import BadInput
 from .paths import shipped
-from .settings import ModelSettings
 
 VIT_MICRO = dict(img_size=24, patch_size=4, in_chans=1, embed_dim=96, depth=4, num_heads=3, mlp_ratio=2)
 VIT_MICRO_WEIGHTS = "data/vit_micro_letters.safetensors"

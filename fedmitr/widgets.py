@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from . import plots
+from .blocks import PartitionSettings
 from .canvas import show
 from .errors import BadInput
 from .inversion import SyntheticSet
 from .partition import class_counts, partition
 from .runtime import static
-from .settings import PartitionSettings
 
 ALPHAS = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 3.0, 10.0, 100.0)
 

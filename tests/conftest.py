@@ -10,7 +10,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("FEDMITR_JOBS", "1")  # small work: starting processes would take longer
 
 import fedmitr as fm
-from fedmitr.settings import TaskSettings
+from fedmitr.blocks import TaskSettings
 from fedmitr.upload import ModelShape
 from fedmitr.vit import normalisation
 

@@ -48,7 +48,10 @@ def model(name):
     """A network in double precision, with weights that tell in every output."""
     if name in BUILT:
         shape = dict(img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=4, num_classes=7)
-        return loud(VisionTransformer(**shape, **BUILT[name]), seed=1).double()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # what `loud` leaves as it was initialised must be the same in every run
+            vit = VisionTransformer(**shape, **BUILT[name])
+        return loud(vit, seed=1).double()
     size = 32 if name.startswith("deit") else None
     return loud(fm.create_vit(name, 7, image_size=size), seed=1, scale=0.05).double()
 
@@ -235,12 +238,5 @@ def test_in_bfloat16_the_gradient_stays_near_float32s(name, rows):
     vit.double()
     full, half = found["fp32"], found["bf16"]
     assert half.dtype == torch.float32 and not torch.equal(half, full)
-    print(
-        "BF16",
-        name,
-        rows,
-        (half.norm() / full.norm() - 1).item(),
-        ((half - full).norm() / full.norm()).item(),
-    )
     assert half.norm().item() == pytest.approx(full.norm().item(), rel=0.02)
     assert (half - full).norm() < 0.02 * full.norm()

@@ -11,10 +11,10 @@ from conftest import make_upload
 
 import fedmitr as fm
 from fedmitr import bench
+from fedmitr.blocks import EnsembleSettings, InversionSettings
 from fedmitr.cli import main
 from fedmitr.inversion import invert
 from fedmitr.metrics import forward_flops
-from fedmitr.settings import EnsembleSettings, InversionSettings
 from fedmitr.vit import patchify, read_by_head
 
 PACKAGE = Path(fm.__file__).parent

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from conftest import loud
 
 import fedmitr as fm
+from fedmitr.blocks import ClientSettings
 from fedmitr.client import fedprox, local_loss, local_steps, train_client
 from fedmitr.optim import make_optimizer, make_schedule
-from fedmitr.settings import ClientSettings
 from fedmitr.vit import forward_tokens
 
 SETTINGS = ClientSettings(epochs=3, batch_size=16, lr=1e-3)

@@ -9,9 +9,10 @@ import pytest
 from scipy import stats
 
 from fedmitr import experiment
+from fedmitr.blocks import PartitionSettings
 from fedmitr.compare import interval, skew_table, summarise, summarise_skews
 from fedmitr.errors import BadInput
-from fedmitr.settings import PartitionSettings, Settings
+from fedmitr.settings import Settings
 
 module = importlib.import_module("fedmitr.compare")
 

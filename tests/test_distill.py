@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 import fedmitr as fm
 from fedmitr.augment import random_maps, warp, warp_mask
+from fedmitr.blocks import DistillSettings, EnsembleSettings, ModelSettings, RelabelSettings
 from fedmitr.distill import calibrated, distill, distill_loss, epochs, pixel_mask, random_textures, view
 from fedmitr.ensemble import fit_offset
 from fedmitr.relabel import soft_token_labels
 from fedmitr.runtime import generator
-from fedmitr.settings import DistillSettings, EnsembleSettings, ModelSettings, RelabelSettings, Settings
+from fedmitr.settings import Settings
 from fedmitr.store import Store
 from fedmitr.upload import average_weights
 from fedmitr.vit import forward_tokens

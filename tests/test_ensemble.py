@@ -8,6 +8,7 @@ import torch
 from scipy.optimize import minimize
 
 import fedmitr as fm
+from fedmitr.blocks import EnsembleSettings
 from fedmitr.ensemble import (
     Owners,
     class_weights,
@@ -16,7 +17,6 @@ from fedmitr.ensemble import (
     fit_offset,
     histograms,
 )
-from fedmitr.settings import EnsembleSettings
 from fedmitr.vit import cls_attention, forward_tokens, kept_patches
 
 MODES = ("mean_probs", "mean_logits", "size", "class")

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import fedmitr as fm
+from fedmitr.blocks import ClientSettings, EnsembleSettings, FuseflSettings
 from fedmitr.client import FusionClient, train_client
 from fedmitr.ensemble import client_weights
 from fedmitr.fuse import (
@@ -28,7 +29,7 @@ from fedmitr.fuse import (
 )
 from fedmitr.methods.fusefl import fusefl
 from fedmitr.runtime import generator
-from fedmitr.settings import ClientSettings, EnsembleSettings, FuseflSettings, Settings
+from fedmitr.settings import Settings
 from fedmitr.store import Store
 
 MODES = ("mean_probs", "mean_logits", "size", "class")

@@ -11,6 +11,7 @@ from scipy.special import softmax
 
 import fedmitr as fm
 from fedmitr.augment import random_maps
+from fedmitr.blocks import EnsembleSettings, InversionSettings
 from fedmitr.inversion import (
     _look,
     balanced_labels,
@@ -23,7 +24,6 @@ from fedmitr.inversion import (
 )
 from fedmitr.pixels import Shape, random_move
 from fedmitr.runtime import generator
-from fedmitr.settings import EnsembleSettings, InversionSettings
 from fedmitr.vit import cls_attention, forward_tokens, patchify, unpatchify
 
 LABELS = torch.tensor([3, 0, 9, 3])

@@ -15,6 +15,13 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 
 import fedmitr as fm
+from fedmitr.blocks import (
+    CoBoostingSettings,
+    DenseSettings,
+    EnsembleSettings,
+    FdaflSettings,
+    FedftgSettings,
+)
 from fedmitr.ensemble import class_weights
 from fedmitr.methods import METHODS
 from fedmitr.methods.co_boosting import hard_loss, perturb, reweigh, weight_step
@@ -22,14 +29,7 @@ from fedmitr.methods.fdafl import excite
 from fedmitr.methods.fedftg import class_ensemble, likeness, sample_labels
 from fedmitr.methods.rounds import Student
 from fedmitr.runtime import generator
-from fedmitr.settings import (
-    CoBoostingSettings,
-    DenseSettings,
-    EnsembleSettings,
-    FdaflSettings,
-    FedftgSettings,
-    Settings,
-)
+from fedmitr.settings import Settings
 from fedmitr.store import Store
 
 MODES = ("mean_probs", "mean_logits", "size", "class")

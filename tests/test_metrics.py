@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fedmitr as fm
+from fedmitr.blocks import EnsembleSettings
 from fedmitr.metrics import (
     accuracy,
     accuracy_per_class,
@@ -20,7 +21,6 @@ from fedmitr.metrics import (
     token_features,
 )
 from fedmitr.scenes import patch_share
-from fedmitr.settings import EnsembleSettings
 from fedmitr.tasks import Split
 from fedmitr.vit import cls_attention, kept_patches, patch_features
 

@@ -200,6 +200,7 @@ def dask_cluster():
 
 @pytest.fixture
 def dask(dask_cluster, two, monkeypatch):
+    dask_cluster.wait_for_workers(2, timeout=30)  # one that a test killed comes back
     monkeypatch.setenv("FEDMITR_BACKEND", "dask")
     monkeypatch.setenv("FEDMITR_CLUSTER", dask_cluster.scheduler_address)
 
@@ -230,6 +231,8 @@ def test_compare_on_a_dask_cluster_is_the_same_table_as_alone(dask, tmp_path, mo
     for backend, processes in (("dask", "2"), ("loky", "1")):
         monkeypatch.setenv("FEDMITR_BACKEND", backend)
         monkeypatch.setenv("FEDMITR_JOBS", processes)
+        if backend == "loky":
+            monkeypatch.delenv("FEDMITR_CLUSTER")
         compare(["ensemble", "fedavg"], [RUN], tmp_path / backend, tmp_path / backend / "runs.csv")
         tables.append((tmp_path / backend / "runs.csv").read_text())
     assert tables[0] == tables[1]
@@ -240,11 +243,8 @@ def test_ray_takes_every_item_once(two, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setenv("FEDMITR_BACKEND", "ray")
     monkeypatch.delenv("FEDMITR_CLUSTER", raising=False)
-    assert sorted(parallel(abs, [3, -1, -4])) == [
-        (0, 3),
-        (1, 1),
-        (2, 4),
-    ]  # a function that workers can import
+    made = parallel(abs, [3, -1, -4])  # a function that workers can import
+    assert sorted(made) == [(0, 3), (1, 1), (2, 4)]
 
 
 @pytest.mark.parametrize("name, reason", [("slurm", "loky, dask, ray"), ("dask", "fedmitr[dask]")])
@@ -256,6 +256,28 @@ def test_a_backend_that_is_unknown_or_missing_is_one_line(name, reason, monkeypa
     one_line(error.value, f"FEDMITR_BACKEND={name!r}", reason)
 
 
+def test_a_single_process_here_still_sends_a_runs_work_to_a_cluster(dask, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDMITR_JOBS", "1")
+    monkeypatch.setattr(experiment, "train_client", None)  # this process does none of the work
+    monkeypatch.setattr(pipeline, "invert", None)
+    there = fm.Experiment(RUN, tmp_path)
+    assert len(there.uploads) == 2 and len(pipeline.synthetic_set(there.uploads, RUN, there.store)) == 6
+
+
+@pytest.mark.parametrize(
+    "backend, address", [("dask", "tcp://127.0.0.1:1"), ("dask", "nonsense"), ("loky", "x:1")]
+)
+def test_a_cluster_that_is_not_there_is_one_line(backend, address, monkeypatch, one_line):
+    if backend == "dask":
+        dask = pytest.importorskip("dask")
+        dask.config.set({"distributed.comm.timeouts.connect": "1s"})
+    monkeypatch.setenv("FEDMITR_BACKEND", backend)
+    monkeypatch.setenv("FEDMITR_CLUSTER", address)
+    with pytest.raises(fm.BadInput) as error:
+        list(parallel(str, "ab"))
+    one_line(error.value, f"FEDMITR_CLUSTER={address!r}", "dask")
+
+
 @pytest.mark.parametrize("process, wanted", [("LokyProcess-3", 1), ("LokyProcess-4", 0)])
 def test_every_worker_computes_on_a_gpu_of_its_own(process, wanted, monkeypatch):
     chosen = []
@@ -263,6 +285,7 @@ def test_every_worker_computes_on_a_gpu_of_its_own(process, wanted, monkeypatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(module.multiprocessing.current_process(), "_name", process)
-    for name in ("FEDMITR_JOBS", "FEDMITR_STATIC", "FEDMITR_BACKEND"):
+    for name in ("FEDMITR_JOBS", "FEDMITR_STATIC", "FEDMITR_BACKEND", "FEDMITR_CLUSTER"):
         monkeypatch.setenv(name, "1")  # restored after the test
-    assert module._alone(str, 5, 7) == (5, "7") and chosen == [wanted]
+    assert module._alone(0, str, 5, 7) == (5, "7") and chosen == [wanted]
+    assert module._alone(os.getpid(), str, 5, 7) == (5, "7") and len(chosen) == 1  # no worker

@@ -6,9 +6,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from fedmitr.blocks import PartitionSettings
 from fedmitr.errors import BadInput
 from fedmitr.partition import class_counts, partition
-from fedmitr.settings import PartitionSettings
 
 LABELS = torch.arange(1200) % 10  # every class 120 times
 SCHEMES = ("dirichlet", "shards", "iid", "quantity")

@@ -17,10 +17,10 @@ from torchvision.transforms import v2
 
 import fedmitr as fm
 from fedmitr import photos
+from fedmitr.blocks import FuseflSettings, PartitionSettings, TaskSettings
 from fedmitr.client import FusionClient
 from fedmitr.metrics import accuracy, predict, surviving_patches, token_features
 from fedmitr.partition import partition
-from fedmitr.settings import FuseflSettings, PartitionSettings, TaskSettings
 from fedmitr.store import Store
 from fedmitr.tasks import stratified_split
 

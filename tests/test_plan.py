@@ -1,15 +1,17 @@
 """plan.py: the plan of a run against closed forms, counts of real passes, loops and real uploads."""
 
 import pytest
+import timm
 import torch
 from PIL import Image
 
 import fedmitr as fm
 from fedmitr.bench import image_flops, random_uploads
+from fedmitr.blocks import EnsembleSettings, TaskSettings
 from fedmitr.inversion import remaining
 from fedmitr.metrics import forward_flops
 from fedmitr.plan import Costs, one_pass, plan, plan_table, training_images
-from fedmitr.settings import METHODS, EnsembleSettings, Settings, TaskSettings
+from fedmitr.settings import METHODS, Settings
 
 GENERATORS = ("fdafl", "dense", "co_boosting", "fedftg")
 
@@ -99,10 +101,21 @@ def test_every_method_has_a_plan_whose_sum_stands_below(method):
 
 
 def test_a_plan_loads_no_weights_and_reads_no_images(monkeypatch):
-    for name in ("load_task", "invert", "train_client"):
-        monkeypatch.setattr(fm, name, lambda *_, **__: pytest.fail("ran something"))
     monkeypatch.setattr("fedmitr.vit._load_checkpoint", lambda *_: pytest.fail("loaded weights"))
-    assert plan("fedmitr", Settings.load("paper"))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("downloaded"))
+    create, asked = timm.create_model, []
+    monkeypatch.setattr(timm, "create_model", lambda *a, **o: asked.append(o) or create(*a, **o))
+    assert Settings.load("paper").model.pretrained and plan("fedmitr", Settings.load("paper"))
+    assert plan("fedmitr", Settings.load("laptop"))  # whose weights are shipped
+    assert asked and not any(options.get("pretrained") for options in asked)
+
+
+@pytest.mark.parametrize("method", GENERATORS)
+def test_a_budget_of_its_own_is_what_a_method_spends(method):
+    own = {"budget": "own", f"{method}.student_steps": 100, f"{method}.images": 50}
+    mine, equal = stages(method, own), stages(method)
+    assert equal["student"].flops == 4 * mine["student"].flops
+    assert equal["labels"].flops == 8 * mine["labels"].flops
 
 
 @pytest.mark.parametrize("split", [True, False])

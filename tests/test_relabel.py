@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 import fedmitr as fm
+from fedmitr.blocks import EnsembleSettings, RelabelSettings
 from fedmitr.relabel import background_labels, relabel_tokens, tempered, token_targets
-from fedmitr.settings import EnsembleSettings, RelabelSettings
 from fedmitr.vit import forward_tokens
 
 MODES = ("relabel", "pseudo", "soft")

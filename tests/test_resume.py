@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import same
 
+from fedmitr.blocks import EnsembleSettings, InversionSettings
 from fedmitr.inversion import invert
-from fedmitr.settings import EnsembleSettings, InversionSettings, Settings
+from fedmitr.settings import Settings
 from fedmitr.store import Store
 
 pipeline = importlib.import_module("fedmitr.methods.fedmitr")  # the package's name for it is the method

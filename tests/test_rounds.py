@@ -17,6 +17,14 @@ from torch.distributions import Categorical, kl_divergence
 import fedmitr as fm
 import fedmitr.methods.generator as module
 import fedmitr.methods.rounds as rounds
+from fedmitr.blocks import (
+    DenseSettings,
+    DistillSettings,
+    EnsembleSettings,
+    GeneratorSettings,
+    InversionSettings,
+    ModelSettings,
+)
 from fedmitr.ensemble import class_weights
 from fedmitr.methods import METHODS
 from fedmitr.methods.co_boosting import ON
@@ -25,15 +33,7 @@ from fedmitr.methods.fedftg import class_ensemble
 from fedmitr.methods.generator import Generator, divergence, learned_batch, noise
 from fedmitr.methods.rounds import Student, budget, portions
 from fedmitr.runtime import generator
-from fedmitr.settings import (
-    DenseSettings,
-    DistillSettings,
-    EnsembleSettings,
-    GeneratorSettings,
-    InversionSettings,
-    ModelSettings,
-    Settings,
-)
+from fedmitr.settings import Settings
 from fedmitr.store import Store
 from fedmitr.upload import average_weights
 

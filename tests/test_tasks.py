@@ -6,8 +6,8 @@ import torch
 from sklearn.datasets import load_digits
 
 import fedmitr as fm
+from fedmitr.blocks import TaskSettings
 from fedmitr.scenes import compose, patch_share, random_affine, texture
-from fedmitr.settings import TaskSettings
 from fedmitr.tasks import stratified_split
 
 STATS = (torch.zeros(1, 1, 1), torch.ones(1, 1, 1))  # pixels as they are, in [0, 1]

@@ -22,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..blocks import CoBoostingSettings
 from ..distill import epochs
 from ..ensemble import Ensemble, combine
 from ..inversion import balanced_labels
 from ..runtime import device, generator, progress, timed
-from ..settings import CoBoostingSettings, Settings
+from ..settings import Settings
 from ..store import Store
 from ..upload import Upload
 from ..vit import normalisation

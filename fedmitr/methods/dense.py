@@ -22,10 +22,11 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..blocks import DenseSettings
 from ..ensemble import Ensemble
 from ..inversion import balanced_labels
 from ..runtime import device, generator, progress, timed
-from ..settings import DenseSettings, Settings
+from ..settings import Settings
 from ..store import Store
 from ..upload import Upload
 from .generator import divergence, learned_batch

@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..blocks import FdaflSettings
 from ..ensemble import Ensemble
 from ..runtime import autocast, generator, progress, timed
-from ..settings import FdaflSettings, Settings
+from ..settings import Settings
 from ..store import Store
 from ..upload import Upload
 from ..vit import kept_patches, patch_features, read_by_head

@@ -27,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..blocks import FedftgSettings
 from ..ensemble import class_weights, histograms
 from ..runtime import device, generator, progress, timed
-from ..settings import FedftgSettings, Settings
+from ..settings import Settings
 from ..store import Store
 from ..upload import Upload
 from .generator import Generator, make_adam, noise, take_step

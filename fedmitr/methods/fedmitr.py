@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..distill import distill
 from ..ensemble import Ensemble
 from ..inversion import SyntheticSet, invert, label_batches, load_synthetic, save_synthetic
-from ..parallel import jobs, parallel
+from ..parallel import parallel, spreads
 from ..runtime import derive_seed, device, progress
 from ..settings import Settings
 from ..store import Store, fingerprint, read_tensors, write_tensors
@@ -52,7 +52,7 @@ def synthetic_set(
     """
     keys = inversion_keys(uploads, settings)[:first]
     todo = [(index, key) for index, key in enumerate(keys) if not store.has("synthetic", key)]
-    if len(todo) > 1 and jobs() > 1:
+    if len(todo) > 1 and spreads():
         with progress(len(todo), "inversion", "batch") as bar:
             for _ in parallel(partial(_invert_apart, uploads, settings, store), todo):
                 bar.update(1)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..blocks import GeneratorSettings
 from ..runtime import device
-from ..settings import GeneratorSettings
 from ..vit import normalisation
 
 COARSEST = 8  # largest side of the map that the noise becomes first

@@ -10,11 +10,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from ..blocks import FEDMITR_ALONE, GeneratorSettings, RelabelSettings, RivalSettings
 from ..distill import Batch, draw_views, epochs, rows_of, student_optimizer, train_student, view
 from ..ensemble import Ensemble, fit_offset
 from ..inversion import SyntheticSet, load_synthetic, save_synthetic
 from ..runtime import device, generator
-from ..settings import FEDMITR_ALONE, GeneratorSettings, RelabelSettings, RivalSettings, Settings
+from ..settings import Settings
 from ..store import Store, fingerprint, read_tensors, write_json, write_tensors
 from ..upload import Upload, average_weights
 from ..vit import create_vit, kept_patches, weights_digest

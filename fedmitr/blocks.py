@@ -90,7 +90,10 @@ class PartitionSettings(Block):
 class ModelSettings(Block):
     """The shared initial model."""
 
-    name: str = setting("vit_micro", "vit_micro or a timm Vision Transformer")
+    name: str = setting(
+        "vit_micro",
+        "a ViT-Micro that ships (vit_micro, vit_micro_patch6, vit_micro_deep) or a timm Vision Transformer",
+    )
     pretrained: bool = setting(True, "start from pretrained weights", "paper")
     checkpoint: str | None = setting(None, "local safetensors file with weights, instead of a download")
     image_size: int | None = setting(None, "side of the images, pixels; default the model's", ge=1)
@@ -99,6 +102,9 @@ class ModelSettings(Block):
 class ClientSettings(Block):
     """Local training."""
 
+    models: tuple[str, ...] = setting(
+        (), "the clients' models, names as model.name, dealt out in turn; none: model.name for all"
+    )
     epochs: Count = setting(15, "passes over the shard")
     batch_size: Count = setting(32, "images a step")
     optimizer: Literal["adamw", "sgd"] = setting("adamw", "optimiser")

@@ -156,10 +156,9 @@ def run(method, profile, task, clients, alpha, seed, assignments, store, as_json
     click.echo(
         f"{method} on {result.task}, {result.clients} clients, seed {result.seed}: {result.accuracy:.3f}"
     )
-    click.echo(
-        f"  ensemble {result.ensemble_accuracy:.3f} · one-shot FedAvg {result.fedavg_accuracy:.3f} · ",
-        nl=False,
-    )
+    average = result.fedavg_accuracy
+    of_average = "" if average is None else f"one-shot FedAvg {average:.3f} · "
+    click.echo(f"  ensemble {result.ensemble_accuracy:.3f} · {of_average}", nl=False)
     click.echo(f"best client alone {result.best_local_accuracy:.3f}")
     click.echo(f"  uplink {result.upload_bytes / 1e6:.2f} MB · seconds {result.seconds}")
 

@@ -1,20 +1,25 @@
 """Many uploads seen as one teacher A(x) (method step 2)."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .blocks import EnsembleSettings
 from .errors import BadInput
+from .grids import Seen, regrid, regrid_importance, regrid_tokens
+from .pixels import Shape
 from .runtime import autocast, compiled, generator, uses_bf16
-from .upload import Upload, check_same_shape
-from .vit import class_logits, forward_tokens, kept_patches, patch_importance
+from .upload import Upload, check_same_images
+from .vit import class_logits, cut_patches, forward_tokens, normalisation, patch_importance
 
 ON_LOGITS = ("mean_logits", "class")  # the other modes combine probabilities
+HELD = 10  # members whose activations one backward pass holds; of more, each is computed again when it comes
 
 
 class Ensemble(nn.Module):
@@ -25,15 +30,26 @@ class Ensemble(nn.Module):
     `mean_probs` and `mean_logits` (1/K each), `size` (n_k / n, on probabilities) and `class`
     (c_k[y] / Σ_j c_j[y], on logits: who has seen a class decides on it; FedFTG, Zhang et al. 2022).
     offset (C,) is added to the log-probabilities of all; zero unless the ensemble is calibrated.
+
+    Members may be any ViTs that see images of one size. Patches, positions and masks are those of one grid,
+    `shape`: of the model `like`, by default the first member; a member with other patches cuts its own.
     """
 
-    def __init__(self, uploads: Sequence[Upload], settings: EnsembleSettings | None = None) -> None:
+    def __init__(
+        self,
+        uploads: Sequence[Upload],
+        settings: EnsembleSettings | None = None,
+        like: VisionTransformer | None = None,
+    ) -> None:
         super().__init__()
-        check_same_shape(uploads)
+        check_same_images(uploads)
         settings = settings or EnsembleSettings()
         self.mode, self.precision = settings.mode, settings.precision
         self.class_logits = compiled(class_logits) if settings.compile else class_logits
         self.members = nn.ModuleList(u.vit() for u in uploads)
+        self.shapes = [Shape.of(m) for m in self.members]
+        self.shape = Shape.of(like) if like else self.shapes[0]
+        self.stats = normalisation(like or self.members[0])  # of the pixels that are shown to it
         if uses_bf16(self.precision):  # once, instead of at every product: autocast keeps no frozen weights
             for layer in filter(lambda m: isinstance(m, nn.Linear), self.members.modules()):
                 layer.to(torch.bfloat16)
@@ -49,34 +65,68 @@ class Ensemble(nn.Module):
 
     def logits(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Every client's class logits (K, B, C), not yet combined."""
-        return self._logits(*kept_patches(self.members[0], images, keep))
+        return self._logits(*self.cut(images, keep))
+
+    def cut(self, images: Tensor, keep: Tensor | None = None) -> Seen:
+        """The kept patches of images, as `vit.kept_patches` has them, on the ensemble's grid."""
+        return cut_patches(images, self.shape.patch, keep)
 
     def forward_patches(self, patches: Tensor, position: Tensor) -> Tensor:
         """Log-probabilities (B, C) of patches (B, M, ch·p·p) at grid positions (B, M), or (1, M) for all."""
         return self.combine(self._logits(patches, position))
 
     def rival_logits(self, rival: VisionTransformer, patches: Tensor, position: Tensor) -> Tensor:
-        """Class logits (B, C) of a model that is no member, at the ensemble's precision."""
-        return self._logits(patches, position, [rival])[0]
-
-    def _logits(
-        self, patches: Tensor, position: Tensor, models: Iterable[VisionTransformer] | None = None
-    ) -> Tensor:
+        """Class logits (B, C) of a model on the ensemble's grid that is no member, at its precision."""
         with autocast(self.precision):
-            each = [self.class_logits(m, patches, position).to(patches) for m in models or self.members]
-        return torch.stack(each)
+            return self.class_logits(rival, patches, position).to(patches)
+
+    def _logits(self, patches: Tensor, position: Tensor) -> Tensor:
+        with autocast(self.precision):
+            each = self.each(self.logits_of, patches, position)
+        return torch.stack([logits.to(patches) for logits in each])
+
+    def each(self, look: Callable[..., Tensor], patches: Tensor, position: Tensor) -> list[Tensor]:
+        """look(k, patches, position) of every member k; of many, activations are held of one at a time."""
+        if len(self.members) <= HELD or not patches.requires_grad:
+            return [look(k, patches, position) for k in range(len(self.members))]
+        again = partial(checkpoint, look, use_reentrant=False, preserve_rng_state=False)
+        return [again(k, patches, position) for k in range(len(self.members))]
+
+    def seen_by(self, k: int, patches: Tensor, position: Tensor) -> Seen:
+        """Patches and positions as member k cuts them."""
+        other = self.shapes[k]
+        return (patches, position) if other == self.shape else regrid(patches, position, self.shape, other)
+
+    def logits_of(self, k: int, patches: Tensor, position: Tensor) -> Tensor:
+        """Class logits (B, C) of member k."""
+        return self.class_logits(self.members[k], *self.seen_by(k, patches, position))
+
+    def importance_of(self, k: int, patches: Tensor, position: Tensor) -> Tensor:
+        """CLS attention (B, M) of member k to the patches."""
+        own_patches, seen = self.seen_by(k, patches, position)
+        attention = patch_importance(self.members[k], own_patches, seen)
+        if self.shapes[k] == self.shape:
+            return attention
+        return regrid_importance(attention, seen, self.shapes[k], position, self.shape)
+
+    def tokens_of(self, k: int, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits (B, C) of member k, and its token logits (B, N, C) on the ensemble's grid."""
+        of_cls, of_tokens = forward_tokens(self.members[k], images)
+        if self.shapes[k] == self.shape:
+            return of_cls, of_tokens
+        return of_cls, regrid_tokens(of_tokens, self.shapes[k], self.shape)
 
     def forward_tokens(self, images: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probabilities of CLS (B, C) and of every patch token (B, N, C): A^0 and A^i."""
         with autocast(self.precision):
-            each = zip(*(forward_tokens(m, images) for m in self.members), strict=True)
+            each = zip(*(self.tokens_of(k, images) for k in range(len(self.members))), strict=True)
         of_cls, of_tokens = (torch.stack(logits).to(images) for logits in each)
         return self.combine(of_cls, temperature), self.combine(of_tokens, temperature)
 
     def importance(self, patches: Tensor, position: Tensor) -> Tensor:
         """CLS attention (B, M) to the patches, averaged over clients with the ensemble's weights."""
         with autocast(self.precision):
-            attention = torch.stack([patch_importance(m, patches, position) for m in self.members])
+            attention = torch.stack(self.each(self.importance_of, patches, position))
         return torch.einsum("kbm,k->bm", attention.to(patches), self.weights.mean(dim=1))
 
     def combine(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -98,7 +148,7 @@ class Owners:
     """
 
     def __init__(self, ensemble: Ensemble, owner: Tensor) -> None:
-        self.ensemble, self.members, self.owner = ensemble, ensemble.members, owner
+        self.ensemble, self.owner = ensemble, owner
         self.rows = [(owner == k).nonzero()[:, 0] for k in range(len(ensemble.members))]
         self.back = torch.cat(self.rows).argsort()  # from client after client to the order of the batch
 
@@ -120,13 +170,13 @@ class Owners:
     def forward_patches(self, patches: Tensor, position: Tensor) -> Tensor:
         """The owners' log-probabilities (B, C) of patches (B, M, ch·p·p) at positions (B, M) or (1, M)."""
         with autocast(self.ensemble.precision):
-            logits = self._each(self.ensemble.class_logits, patches, position)
+            logits = self._each(self.ensemble.logits_of, patches, position)
         return logits.to(patches).log_softmax(dim=-1)
 
     def importance(self, patches: Tensor, position: Tensor) -> Tensor:
         """The owners' CLS attention (B, M) to the patches."""
         with autocast(self.ensemble.precision):
-            return self._each(patch_importance, patches, position).to(patches)
+            return self._each(self.ensemble.importance_of, patches, position).to(patches)
 
     def rival_logits(self, rival: VisionTransformer, patches: Tensor, position: Tensor) -> Tensor:
         return self.ensemble.rival_logits(rival, patches, position)
@@ -134,8 +184,8 @@ class Owners:
     def _each(self, look: Callable[..., Tensor], patches: Tensor, position: Tensor) -> Tensor:
         """What every member that owns some of the images makes of them, (B, ...) in their order."""
         seen = [
-            look(member, patches[rows], position[rows] if len(position) > 1 else position)
-            for member, rows in zip(self.members, self.rows, strict=True)
+            look(k, patches[rows], position[rows] if len(position) > 1 else position)
+            for k, rows in enumerate(self.rows)
             if len(rows)
         ]
         return torch.cat(seen)[self.back]

@@ -16,6 +16,7 @@ from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .blocks import ModelSettings
 from .client import FusionClient, local_steps, train_client
 from .errors import BadInput
 from .fuse import stage_blocks
@@ -26,11 +27,11 @@ from .partition import partition
 from .paths import default_store
 from .photos import num_classes
 from .runtime import progress, versions
-from .settings import Settings
+from .settings import Settings, check_architectures
 from .store import Store, fingerprint, write_json
 from .tasks import Split, Task, load_task
 from .upload import NEED_COUNTS, Upload, asks_counts
-from .vit import normalisation, shared_vit, weights_digest
+from .vit import client_vit, normalisation, shared_vit, weights_digest
 
 
 class Result(BaseModel):
@@ -50,7 +51,7 @@ class Result(BaseModel):
     accuracy: float
     accuracy_per_class: list[float]
     ensemble_accuracy: float
-    fedavg_accuracy: float
+    fedavg_accuracy: float | None  # none where clients' architectures differ
     local_accuracies: list[float]
     best_local_accuracy: float
     exchanges: int
@@ -77,6 +78,18 @@ class Experiment:
     def initial(self) -> VisionTransformer:
         """The shared initial model that the server hands to every client."""
         return shared_vit(self.settings.model, num_classes(self.settings.task))
+
+    def shared(self, model: ModelSettings) -> VisionTransformer:
+        """The shared model of these settings: the initial one, or another that takes the same images."""
+        if model == self.settings.model:
+            return self.initial
+        if model.name not in self._others:
+            self._others[model.name] = client_vit(self.initial, model)
+        return self._others[model.name]
+
+    @cached_property
+    def _others(self) -> dict[str, VisionTransformer]:
+        return {}
 
     @cached_property
     def task(self) -> Task:
@@ -105,11 +118,14 @@ class Experiment:
             with progress(len(todo), "clients", "client") as bar:
                 for _ in parallel(partial(_train_apart, self.settings, self.store.root), todo):
                     bar.update(1)
-        return self._train([(k, self.shards[k]) for k in names], self.upload_key, "clients")
+        return self._train([self._client(k) for k in names], self.upload_key, "clients")
 
     def train(self, client: int) -> Upload:
         """Train one client, unless its upload is in the store; the upload has the class histogram."""
-        return self._train([(client, self.shards[client])], lambda _: self.upload_key(client), "client")[0]
+        return self._train([self._client(client)], self.upload_key, "client")[0]
+
+    def _client(self, client: int) -> tuple[int, Tensor, ModelSettings]:
+        return client, self.shards[client], self.settings.model_of(client)
 
     @cached_property
     def clients(self) -> list[FusionClient]:
@@ -134,7 +150,7 @@ class Experiment:
     def central_upload(self) -> Upload:
         """The upload of one client that holds the whole training split: the upper bound."""
         whole = torch.arange(len(self.task.train))
-        return self._train([(0, whole)], lambda _: self.central_key, "central")[0]
+        return self._train([(0, whole, self.settings.model)], lambda _: self.central_key, "central")[0]
 
     def check(self, methods: Sequence[str] = ()) -> None:
         """Everything that can be wrong with settings and methods is found here, before any work."""
@@ -145,23 +161,28 @@ class Experiment:
         for client in range(len(self.shards)):
             if self.store.has("uploads", self.upload_key(client)):  # damaged ones are refused now
                 self.store.read("uploads", self.upload_key(client), Upload.load)
+            self.shared(self.settings.model_of(client))
+        check_architectures(self.settings, methods)
         if "fusefl" in methods:
             stage_blocks(len(self.initial.blocks), self.settings.fusefl.stages)
 
-    def _train(self, clients: Sequence[tuple[int, Tensor]], key_of, title: str) -> list[Upload]:
+    def _train(
+        self, clients: Sequence[tuple[int, Tensor, ModelSettings]], key_of: Callable[[int], str], title: str
+    ) -> list[Upload]:
+        """The uploads of clients with these shards and shared models, from the store or trained now."""
         settings = self.settings.client
         uploads = []
-        with progress(sum(local_steps(len(s), settings) for _, s in clients), title, "step") as bar:
-            for client, index in clients:
+        with progress(sum(local_steps(len(s), settings) for _, s, _ in clients), title, "step") as bar:
+            for client, index, model in clients:
                 shard, before = self.task.train.subset(index), bar.n
 
-                def make(client: int = client, shard: Split = shard) -> Upload:
+                def make(client: int = client, shard: Split = shard, model: ModelSettings = model) -> Upload:
                     return train_client(
-                        self.initial,
+                        self.shared(model),
                         shard,
                         settings,
                         client=client,
-                        name=self.settings.model.name,
+                        name=model.name,
                         seed=self.settings.seed,
                         progress=bar.update,
                     )
@@ -171,22 +192,24 @@ class Experiment:
         return uploads
 
     def upload_key(self, client: int) -> str:
-        return fingerprint("upload", self._client_settings, self.settings.partition.model_dump(), client)
+        made_by = self._made_by(self.settings.model_of(client))
+        return fingerprint("upload", made_by, self.settings.partition.model_dump(), client)
 
     @property
     def central_key(self) -> str:
-        return fingerprint("central", self._client_settings)
+        return fingerprint("central", self._made_by(self.settings.model))
 
-    @property
-    def _client_settings(self) -> list[Any]:
+    def _made_by(self, model: ModelSettings) -> list[Any]:
+        """What local training from this shared model depends on, but for who trains it on which shard."""
         s = self.settings
-        return [
+        made_by = [
             s.seed,
             *self._data,
-            s.client.model_dump(),
-            s.model.model_dump(),
-            weights_digest(s.model),
+            s.client.model_dump(exclude={"models"}),
+            model.model_dump(),
+            weights_digest(model),
         ]
+        return made_by if model == s.model else [*made_by, s.model.model_dump()]  # whose images they are
 
     @property
     def _data(self) -> list[Any]:
@@ -217,7 +240,9 @@ class Experiment:
     @cached_property
     def reference_scores(self) -> dict[str, list[float]]:
         """Test accuracies of what every method is measured against: one, or one per client for `local`."""
-        names, test = ("ensemble", "fedavg", "local"), self.task.test
+        names, test = ["ensemble", "local"], self.task.test
+        if not self.settings.mixed:
+            names.insert(1, "fedavg")
         made_by = [[u.digest for u in self.uploads], self.settings.ensemble.model_dump()]
         return self.store.get(
             "references",
@@ -257,7 +282,7 @@ class Experiment:
             accuracy=sum(own) / len(own),
             accuracy_per_class=per_class.mean(0).tolist(),
             ensemble_accuracy=scores["ensemble"][0],
-            fedavg_accuracy=scores["fedavg"][0],
+            fedavg_accuracy=scores["fedavg"][0] if "fedavg" in scores else None,
             local_accuracies=scores["local"],
             best_local_accuracy=max(scores["local"]),
             **self._wire(method, outcome),
@@ -273,12 +298,16 @@ class Experiment:
         """Exchanges and bytes up and down; by default one upload each, and the shared model to each."""
         sent = self._everyone if method in NEED_COUNTS else self.uploads
         up, down = outcome.uplink_bytes, outcome.downlink_bytes
-        shared = {name: value.contiguous() for name, value in self.initial.state_dict().items()}
         return {
             "exchanges": outcome.exchanges,
             "upload_bytes": sum(u.bytes for u in sent) if up is None else up,
-            "download_bytes": len(save(shared)) * len(sent) if down is None else down,
+            "download_bytes": sum(self._model_bytes(u.client) for u in sent) if down is None else down,
         }
+
+    def _model_bytes(self, client: int) -> int:
+        """Bytes of the shared model that a client is handed."""
+        state = self.shared(self.settings.model_of(client)).state_dict()
+        return len(save({name: value.contiguous() for name, value in state.items()}))
 
     def _seconds(self, method: str, outcome: Outcome) -> dict[str, float]:
         """Seconds of every stage, as measured when its artefact was made."""

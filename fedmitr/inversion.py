@@ -98,7 +98,7 @@ def invert(
     """
     rng, at, batch = generator(seed, "inversion"), labels.device, len(labels)
     teacher = Owners.draw(ensemble, labels, seed) if settings.teacher == "owners" else ensemble
-    shape = Shape.of(ensemble.members[0])
+    shape = ensemble.shape
     image = torch.randn((batch, *shape.image), generator=rng).flatten(1).to(at)  # (B, ch·H·W)
     keep = torch.arange(shape.patches, device=at)[None]  # (1, N) while every image keeps all; then (B, M)
     live = _Live(image, keep, shape, settings)

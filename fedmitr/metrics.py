@@ -50,7 +50,7 @@ def surviving_patches(ensemble: Ensemble, images: Tensor, ratios: Sequence[float
     """
     parts = []
     for batch in images.split(256):
-        patches, keep = kept_patches(ensemble.members[0], batch.to(device()))
+        patches, keep = ensemble.cut(batch.to(device()))
         keep = keep.expand(len(batch), -1)
         mask = torch.zeros(keep.shape, dtype=torch.bool)
         for ratio in ratios:

@@ -6,8 +6,10 @@ models, without views, optimisers and copies. Memory is that of float32 and of a
 products: bfloat16 and fused attention need less.
 """
 
+import functools
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -20,9 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .blocks import GeneratorSettings, InversionSettings, RivalSettings, TaskSettings
 from .distill import FIT_VIEWS
+from .ensemble import HELD
 from .inversion import remaining
 from .photos import list_folders, num_classes
-from .settings import Settings
+from .settings import WITHOUT_STUDENT, Settings, check_architectures
 from .vit import class_logits, create_vit
 
 ADAM = 4  # copies of a model in training: weights, gradients, two moments
@@ -35,7 +38,6 @@ IMAGES = {
     "cifar100": (60_000, 10_000),
     "svhn": (99_289, 26_032),
 }
-WITHOUT_SERVER = ("fedavg", "ensemble", "local", "central", "fusefl")
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,9 @@ def one_pass(vit: VisionTransformer, patches: int, wanted: str = "") -> Pass:
 
 @dataclass(frozen=True)
 class Costs:
-    """What stages are made of: the model's passes on all patches, its bytes and those of one image."""
+    """What stages are made of: a model's passes on all patches, its bytes and those of one image."""
 
+    vit: VisionTransformer
     answer: Pass
     to_image: Pass
     to_weights: Pass
@@ -100,27 +103,41 @@ class Costs:
         passes = [one_pass(vit, patches, wanted) for wanted in ("", "image", "weights")]
         model = FLOAT * sum(value.numel() for value in vit.state_dict().values())
         image = FLOAT * patches * vit.patch_embed.proj.weight[0].numel()
-        return cls(*passes, model, image, patches, vit.num_classes)
+        return cls(vit, *passes, model, image, patches, vit.num_classes)
+
+
+Team = Sequence[Costs]  # of every client's model
 
 
 def plan(method: str, settings: Settings) -> list[Stage]:
     """The stages of one run, in their order. No weights are loaded and no images read."""
-    model, images = settings.model, training_images(settings.task)
-    vit = create_vit(model.name, num_classes(settings.task), image_size=model.image_size)
-    costs = Costs.of(vit)
-    stages = [clients(method, settings, costs, images)]
+    check_architectures(settings, [method])
+    costs, team = costs_of(settings)
+    stages = [clients(method, settings, costs, team)]
     if method == "fedmitr":
-        stages += [inversion(settings, settings.inversion, vit, costs)]
-        stages += distillation(settings, costs, settings.distill.calibrate)
-    elif method not in WITHOUT_SERVER:
+        stages += [inversion(settings.inversion, costs, team)]
+        stages += distillation(settings, costs, team, settings.distill.calibrate)
+    elif method not in WITHOUT_STUDENT:
         own = getattr(settings, method)
         if settings.budget == "own" and isinstance(own, GeneratorSettings):
             budget = {"inversion": {"images": own.images}, "distill": {"steps": own.student_steps}}
             blocks = {name: getattr(settings, name).model_copy(update=new) for name, new in budget.items()}
             settings = settings.model_copy(update=blocks)
-        stages += [images_of_rival(own, settings, vit, costs)]
-        stages += distillation(settings, costs, own.calibrate)
+        stages += [images_of_rival(own, settings, costs, team)]
+        stages += distillation(settings, costs, team, own.calibrate)
     return stages
+
+
+def costs_of(settings: Settings) -> tuple[Costs, Team]:
+    """Of the global model, and of every client's."""
+    classes = num_classes(settings.task)
+    vit = create_vit(settings.model.name, classes, image_size=settings.model.image_size)
+    size, channels = vit.patch_embed.img_size[0], vit.patch_embed.proj.in_channels
+    names = [settings.model_of(k).name for k in range(settings.partition.clients)]
+    known = {settings.model.name: Costs.of(vit)}
+    for name in set(names) - known.keys():
+        known[name] = Costs.of(create_vit(name, classes, image_size=size, in_chans=channels))
+    return known[settings.model.name], [known[name] for name in names]
 
 
 def training_images(task: TaskSettings) -> int:
@@ -136,11 +153,12 @@ def training_images(task: TaskSettings) -> int:
     return min(train, task.limit * num_classes(task)) if task.limit else train
 
 
-def clients(method: str, settings: Settings, costs: Costs, images: int) -> Stage:
+def clients(method: str, settings: Settings, costs: Costs, team: Team) -> Stage:
     """Local training and the messages; of `central`, one client that holds everything and sends nothing."""
-    own, count = settings.client, settings.partition.clients
-    flops = own.epochs * images * costs.to_weights.flops
-    sent = 2 * count * costs.model
+    own, count, images = settings.client, len(team), training_images(settings.task)
+    trained = [costs] if method == "central" else team
+    flops = own.epochs * images * sum(c.to_weights.flops for c in trained) / len(trained)
+    sent = 2 * sum(c.model for c in team)
     if method == "fusefl":  # every client downloads all blocks, and runs them below the stage that it trains
         stages = settings.fusefl.stages
         flops += own.epochs * images * count * costs.answer.flops * (stages - 1) / (2 * stages)
@@ -152,65 +170,75 @@ def clients(method: str, settings: Settings, costs: Costs, images: int) -> Stage
         "central" if method == "central" else "clients",
         f"{who}, {images:,} images in all, {own.epochs} epochs",
         flops,
-        ADAM * costs.model + own.batch_size * costs.to_weights.kept,
+        max(ADAM * c.model + own.batch_size * c.to_weights.kept for c in trained),
         sent,
     )
 
 
-def inversion(settings: Settings, how: InversionSettings, vit: VisionTransformer, costs: Costs) -> Stage:
-    """Every iteration on the patches that are left, for one client an image or for all of them."""
-    teachers = 1 if how.teacher == "owners" else settings.partition.clients
-    starts = [0, *how.stop_at, how.iterations]
-    flops = 0
-    for part, (first, last) in enumerate(itertools.pairwise(starts)):
-        left = remaining(costs.patches, how.stop_ratio[:part])
-        flops += (last - first) * one_pass(vit, left, "image").flops
-    batch = min(how.batch_size, how.images)
-    held = settings.partition.clients * costs.model + batch * (
-        teachers * costs.to_image.kept + ADAM * costs.image
+@functools.cache
+def inversion_flops(costs: Costs, how: InversionSettings) -> float:
+    """Of one image and one model: every iteration on the patches that are left."""
+    starts = itertools.pairwise([0, *how.stop_at, how.iterations])
+    return sum(
+        (last - first) * one_pass(costs.vit, remaining(costs.patches, how.stop_ratio[:part]), "image").flops
+        for part, (first, last) in enumerate(starts)
     )
-    what = f"{how.images:,} images, {how.iterations:,} iterations, {costs.patches} patches, {left} at last"
-    return Stage("inversion", what, how.images * teachers * flops, held)
 
 
-def images_of_rival(own: RivalSettings, settings: Settings, vit: VisionTransformer, costs: Costs) -> Stage:
+def inversion(how: InversionSettings, costs: Costs, team: Team) -> Stage:
+    """All images, each seen by one client, drawn as any other here, or by all of them."""
+    owners, flops = how.teacher == "owners", sum(inversion_flops(c, how) for c in team)
+    kept = [c.to_image.kept for c in team]
+    at_once = max(kept) if owners or len(team) > HELD else sum(kept)
+    left = remaining(costs.patches, how.stop_ratio)
+    return Stage(
+        "inversion",
+        f"{how.images:,} images, {how.iterations:,} iterations, {costs.patches} patches, {left} at last",
+        how.images * (flops / len(team) if owners else flops),
+        sum(c.model for c in team) + min(how.batch_size, how.images) * (at_once + ADAM * costs.image),
+    )
+
+
+def images_of_rival(own: RivalSettings, settings: Settings, costs: Costs, team: Team) -> Stage:
     """Dense inversion against the student, or the passes that train a generator, without its own."""
     if not isinstance(own, GeneratorSettings):  # F-ADI
         update = {"stop_at": (), "stop_ratio": (), "iterations": own.iterations}
-        dense = inversion(settings, settings.inversion.model_copy(update=update), vit, costs)
+        dense = inversion(settings.inversion.model_copy(update=update), costs, team)
         rival = settings.inversion.images * own.iterations * costs.to_image.flops * (own.competition > 0)
         return Stage(dense.stage, dense.what, dense.flops + rival, dense.memory)
     batch = getattr(own, "batch_size", settings.distill.batch_size)
-    models = settings.partition.clients + 1  # the clients and the student
-    seen = own.rounds * own.generator_steps * batch
+    models = [*team, costs]  # the clients and the student
+    kept = [c.to_image.kept for c in models]
+    at_once = max(kept) if len(team) > HELD else sum(kept)
     return Stage(
         "generation",
         f"{own.rounds} rounds of {own.generator_steps} steps on {batch} images",
-        seen * models * costs.to_image.flops,
-        models * (costs.model + batch * costs.to_image.kept),
+        own.rounds * own.generator_steps * batch * sum(c.to_image.flops for c in models),
+        sum(c.model for c in models) + batch * at_once,
     )
 
 
-def distillation(settings: Settings, costs: Costs, calibrate: float) -> list[Stage]:
+def distillation(settings: Settings, costs: Costs, team: Team, calibrate: float) -> list[Stage]:
     """The ensemble's labels, for every stored view or for every step, and the student's steps."""
-    own, teachers, count = settings.distill, settings.partition.clients, settings.inversion.images
+    own, count = settings.distill, settings.inversion.images
     steps = own.steps * own.batch_size
     views = count * own.views if own.views else steps
     fit = count * FIT_VIEWS * bool(calibrate)
     stored = count * own.views * (costs.image + FLOAT * costs.classes * (1 + costs.patches))
+    teachers = sum(c.model for c in team)
     student = ADAM * costs.model + own.batch_size * costs.to_weights.kept
     return [
         Stage(
             "labels",
-            f"{views:,} views" + (f", {fit:,} for calibration" if fit else "") + f", by {teachers} clients",
-            (views + fit) * teachers * costs.answer.flops,
-            teachers * costs.model + stored,
+            f"{views:,} views" + (f", {fit:,} for calibration" if fit else "") + f", by {len(team)} clients",
+            (views + fit) * sum(c.answer.flops for c in team),
+            teachers + stored,
         ),
         Stage(
             "student",
             f"{own.steps:,} steps on {own.batch_size} images",
             steps * costs.to_weights.flops,
-            teachers * costs.model + stored + student,
+            teachers + stored + student,
         ),
     ]
 

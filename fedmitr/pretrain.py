@@ -1,6 +1,6 @@
 """Pretraining of the shipped ViT-Micro: tell apart the 52 Latin letters (method step 0).
 
-    python -m fedmitr.pretrain            regenerates data/vit_micro_letters.safetensors and its card
+    python -m fedmitr.pretrain --model vit_micro    makes data/vit_micro_letters.safetensors and its card anew
 
 Letters come from the fonts that matplotlib ships, bent, thickened and blurred as handwriting and
 scanners do, then placed on the same scenes as the federated task. No digit is ever rendered. Some
@@ -25,9 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import trange
 
-from .paths import shipped
 from .scenes import compose, place, random_affine, texture
-from .vit import VIT_MICRO, VIT_MICRO_WEIGHTS, create_vit, normalisation
+from .vit import MICROS, VIT_MICRO, create_vit, letter_weights, normalisation
 
 LETTERS = string.ascii_letters
 HELD_OUT = ("DejaVuSerif-Italic", "STIXGeneralBol", "cmss10", "DejaVuSansMono-Bold")
@@ -93,14 +92,14 @@ def accuracy(model, glyphs: Tensor, labels: Tensor, stats: tuple[Tensor, Tensor]
     return torch.cat(hits).mean().item()
 
 
-def pretrain(steps: int, batch: int, lr: float, seed: int):
-    """Train ViT-Micro on letters; returns (model, card)."""
+def pretrain(name: str, steps: int, batch: int, lr: float, seed: int):
+    """Train a ViT-Micro on letters; returns (model, card)."""
     fonts = font_files()
     held_out = [f for f in fonts if f.stem in HELD_OUT]
     glyphs, labels = render_letters([f for f in fonts if f not in held_out])
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = create_vit("vit_micro", len(LETTERS)).train()
+    model = create_vit(name, len(LETTERS)).train()
     stats = normalisation(model)
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
@@ -121,7 +120,7 @@ def pretrain(steps: int, batch: int, lr: float, seed: int):
             bar.set_postfix(loss=f"{loss.item():.2f}")
     model.eval()
     card = {
-        "model": "ViT-Micro: " + ", ".join(f"{k}={v}" for k, v in VIT_MICRO.items()),
+        "model": f"{name}: " + ", ".join(f"{k}={v}" for k, v in MICROS[name].items()),
         "data": f"{len(LETTERS)} Latin letters in {len(fonts) - len(held_out)} fonts, rendered on the fly",
         "fonts": [f.stem for f in fonts if f not in held_out],
         "held-out fonts": [f.stem for f in held_out],
@@ -148,7 +147,7 @@ def write(model, card: dict, path: Path) -> None:
     card = card | {"parameters": sum(p.numel() for p in model.parameters()), "bytes": size, "sha256": digest}
     rows = [f"| {k} | {v if isinstance(v, str) else json.dumps(v)} |" for k, v in card.items()]
     text = [
-        "# ViT-Micro, pretrained on letters",
+        f"# {path.stem.removesuffix('_letters')}, pretrained on letters",
         "",
         "Made by `python -m fedmitr.pretrain`; see `fedmitr/pretrain.py`.",
     ]
@@ -157,15 +156,16 @@ def write(model, card: dict, path: Path) -> None:
 
 
 @click.command()
+@click.option("--model", "name", default="vit_micro", show_default=True, type=click.Choice(list(MICROS)))
 @click.option("--steps", default=3600, show_default=True, type=click.IntRange(1))
 @click.option("--batch", default=256, show_default=True, type=click.IntRange(1))
 @click.option("--lr", default=2e-3, show_default=True, type=click.FloatRange(0, min_open=True))
 @click.option("--seed", default=0, show_default=True, type=int)
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Default: the shipped weights.")
-def main(steps: int, batch: int, lr: float, seed: int, out: Path | None) -> None:
-    """Regenerate the letter-pretrained ViT-Micro and its card."""
-    model, card = pretrain(steps, batch, lr, seed)
-    write(model, card, out or shipped(VIT_MICRO_WEIGHTS))
+def main(name: str, steps: int, batch: int, lr: float, seed: int, out: Path | None) -> None:
+    """Regenerate a letter-pretrained ViT-Micro and its card."""
+    model, card = pretrain(name, steps, batch, lr, seed)
+    write(model, card, out or letter_weights(name))
     click.echo(json.dumps(card, indent=1))
 
 

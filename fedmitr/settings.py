@@ -3,6 +3,7 @@
 All take the same dotted names, `block.setting`; blocks.py has what they mean.
 """
 
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import yaml
@@ -45,6 +46,8 @@ METHODS = (
     "local",
     "central",
 )
+ONE_ARCHITECTURE = ("fedavg", "fusefl")  # they average weights or blocks
+WITHOUT_STUDENT = ("fedavg", "fusefl", "ensemble", "local", "central")  # the others distil one
 
 
 class Settings(Block):
@@ -82,6 +85,37 @@ class Settings(Block):
         for name, value in (overrides or {}).items():
             _assign(tree, name, value)
         return build(tree)
+
+    def model_of(self, client: int) -> ModelSettings:
+        """The model that a client starts from: the global one, or its turn among `client.models`."""
+        names = self.client.models
+        name = names[client % len(names)] if names else self.model.name
+        return (
+            self.model
+            if name == self.model.name
+            else self.model.model_copy(update={"name": name, "checkpoint": None})
+        )
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some client's architecture is not the global model's."""
+        return any(self.model_of(k) != self.model for k in range(self.partition.clients))
+
+
+def check_architectures(settings: Settings, methods: Iterable[str]) -> None:
+    """BadInput for a method that needs clients of one architecture, where they have several."""
+    if not settings.mixed:
+        return
+    several = (
+        f"client.models={list(settings.client.models)} with model.name={settings.model.name!r} are several"
+    )
+    for method in methods:
+        if method in ONE_ARCHITECTURE:
+            raise BadInput(f"method={method!r} needs clients of one architecture: {several}")
+        if method not in WITHOUT_STUDENT and settings.distill.start == "average":
+            raise BadInput(
+                f"distill.start='average' needs clients of one architecture: {several}; allowed is 'initial'"
+            )
 
 
 def read_profile(profile: str) -> dict[str, Any]:

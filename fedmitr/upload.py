@@ -84,7 +84,7 @@ class Upload:
     def vit(self) -> VisionTransformer:
         """The uploaded model, frozen and in evaluation mode."""
         vit = self.shape.build()
-        vit.load_state_dict(self.weights)
+        vit.load_state_dict(self.weights, assign=True)  # no copy: K clients take the room of their uploads
         return vit.eval().requires_grad_(False)
 
     def save(self, folder: Path) -> None:
@@ -151,6 +151,20 @@ def average_weights(uploads: Sequence[Upload]) -> dict[str, Tensor]:
         name: sum(u.weights[name].double() * (u.size / total) for u in uploads).to(value.dtype)
         for name, value in uploads[0].weights.items()
     }
+
+
+def check_same_images(uploads: Sequence[Upload]) -> None:
+    """BadInput unless there are uploads and their models, of whatever architecture, see the same images."""
+    if not uploads:
+        raise BadInput("uploads=[] is empty: at least one upload is needed")
+    seen = [(u.shape.num_classes, u.shape.image_size, u.shape.in_chans) for u in uploads]
+    for upload, own in zip(uploads, seen, strict=True):
+        if own != seen[0]:
+            raise BadInput(
+                f"upload of client {upload.client}: its {own[0]} classes, {own[1]} pixels a side and "
+                f"{own[2]} channels differ from client {uploads[0].client}'s {seen[0][0]}, {seen[0][1]} and "
+                f"{seen[0][2]}; one ensemble needs the same"
+            )
 
 
 def check_same_shape(uploads: Sequence[Upload]) -> None:

@@ -23,7 +23,12 @@ from .errors import BadInput
 from .paths import shipped
 
 VIT_MICRO = dict(img_size=24, patch_size=4, in_chans=1, embed_dim=96, depth=4, num_heads=3, mlp_ratio=2)
-VIT_MICRO_WEIGHTS = "data/vit_micro_letters.safetensors"
+# The shipped models, all pretrained on letters; the others are for clients whose ViTs differ.
+MICROS = {
+    "vit_micro": VIT_MICRO,
+    "vit_micro_patch6": VIT_MICRO | dict(patch_size=6),
+    "vit_micro_deep": VIT_MICRO | dict(embed_dim=64, depth=6, num_heads=2),
+}
 
 
 def create_vit(
@@ -35,24 +40,29 @@ def create_vit(
     image_size: int | None = None,
     in_chans: int | None = None,
 ) -> VisionTransformer:
-    """The shared initial model (method step 0): ViT-Micro, or any timm ViT by its timm name.
+    """The shared initial model (method step 0): a ViT-Micro, or any timm ViT by its timm name.
 
-    pretrained loads the shipped letter weights for `vit_micro` and timm's published weights for
-    every other name; checkpoint loads a local safetensors file instead. A classifier whose class
+    pretrained loads the shipped letter weights for `vit_micro` and its kin (`MICROS`) and timm's published
+    weights for every other name; checkpoint loads a local safetensors file instead. A classifier whose class
     count differs is replaced by a fresh one, the same in every process. Raises BadInput for an
     unknown name, a model that is no timm VisionTransformer, an image size that is not a multiple
     of the patch, a download that fails, and a checkpoint that does not fit.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if name == "vit_micro":
-            vit = _create_micro(num_classes, image_size, in_chans)
-            checkpoint = checkpoint or (shipped(VIT_MICRO_WEIGHTS) if pretrained else None)
+        if name in MICROS:
+            vit = _create_micro(name, num_classes, image_size, in_chans)
+            checkpoint = checkpoint or (letter_weights(name) if pretrained else None)
         else:
             vit = _create_timm(name, num_classes, pretrained and not checkpoint, image_size, in_chans)
     if checkpoint:
         _load_checkpoint(vit, Path(checkpoint))
     return vit
+
+
+def letter_weights(name: str) -> Path:
+    """The shipped weights of a ViT-Micro."""
+    return shipped(f"data/{name}_letters.safetensors")
 
 
 def shared_vit(settings: ModelSettings, num_classes: int) -> VisionTransformer:
@@ -66,20 +76,66 @@ def shared_vit(settings: ModelSettings, num_classes: int) -> VisionTransformer:
     )
 
 
+def client_vit(initial: VisionTransformer, settings: ModelSettings) -> VisionTransformer:
+    """Another shared model, for a client whose architecture differs, that takes the initial one's images.
+
+    Its size, channels, classes and normalisation of pixels are the initial model's. Raises BadInput as
+    `create_vit`, naming `client.models`.
+    """
+    embed = initial.patch_embed
+    try:
+        vit = create_vit(
+            settings.name,
+            initial.num_classes,
+            pretrained=settings.pretrained,
+            image_size=embed.img_size[0],
+            in_chans=embed.proj.in_channels,
+        )
+        return renormalise(vit, normalisation(initial))
+    except BadInput as error:
+        raise BadInput(f"client.models: {error}") from None
+
+
+@torch.no_grad()
+def renormalise(vit: VisionTransformer, stats: tuple[Tensor, Tensor]) -> VisionTransformer:
+    """The same function of the same images, normalised with other stats = mean and std, each (ch, 1, 1).
+
+    (x − m)/s = x̂·ŝ/s + (m̂ − m)/s for pixels x̂ normalised with m̂ and ŝ: the patch embedding takes it in.
+    Raises BadInput where that needs a bias which the model has not.
+    """
+    projection = vit.patch_embed.proj
+    channels = projection.in_channels
+    own = [torch.tensor(vit.pretrained_cfg[k]) for k in ("mean", "std")]
+    if len(own[0]) != channels:  # timm has averaged the weights of the channels too
+        own = [values.mean().expand(channels) for values in own]
+    mean, std = (values.view(-1, 1, 1) for values in own)
+    scale, shift = stats[1] / std, (stats[0] - mean) / std
+    if projection.bias is None and shift.any():
+        raise BadInput(
+            f"{vit.pretrained_cfg.get('architecture')!r} normalises images otherwise than model.name"
+        )
+    if projection.bias is not None:
+        projection.bias += (projection.weight * shift).sum(dim=(1, 2, 3))
+    projection.weight *= scale
+    return vit
+
+
 def weights_digest(settings: ModelSettings) -> str:
     """What the initial weights are: a hash of their file, or the name of timm's published ones."""
     path = settings.checkpoint
-    if path is None and settings.pretrained and settings.name == "vit_micro":
-        path = shipped(VIT_MICRO_WEIGHTS)
+    if path is None and settings.pretrained and settings.name in MICROS:
+        path = letter_weights(settings.name)
     if path is None:
         return f"{settings.name}, pretrained={settings.pretrained}"
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _create_micro(num_classes: int, image_size: int | None, in_chans: int | None) -> VisionTransformer:
-    shape = dict(VIT_MICRO)
+def _create_micro(
+    name: str, num_classes: int, image_size: int | None, in_chans: int | None
+) -> VisionTransformer:
+    shape = dict(MICROS[name])
     shape.update({k: v for k, v in dict(img_size=image_size, in_chans=in_chans).items() if v})
-    _check_multiple("vit_micro", shape["img_size"], shape["patch_size"])
+    _check_multiple(name, shape["img_size"], shape["patch_size"])
     vit = VisionTransformer(num_classes=num_classes, **shape)
     channels = shape["in_chans"]
     vit.pretrained_cfg = {"mean": (0.5,) * channels, "std": (0.25,) * channels}
@@ -91,8 +147,8 @@ def _create_timm(
 ) -> VisionTransformer:
     if not _known_to_timm(name):
         raise BadInput(
-            f"model.name={name!r} is unknown: allowed are 'vit_micro' and timm's Vision Transformers, "
-            "such as 'deit_tiny_patch16_224' (all: timm.list_models('*vit*'))"
+            f"model.name={name!r} is unknown: allowed are {', '.join(MICROS)} and timm's Vision "
+            "Transformers, such as 'deit_tiny_patch16_224' (all: timm.list_models('*vit*'))"
         )
     options = {k: v for k, v in dict(img_size=image_size, in_chans=in_chans).items() if v}
     if image_size and "_patch" in name:
@@ -265,7 +321,12 @@ def token_logits(vit: VisionTransformer, features: Tensor) -> Tensor:
 
 def kept_patches(vit: VisionTransformer, images: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The kept patches (B, M, ch·p·p) of images and their positions (B, M); without `keep` (1, N), all."""
-    patches = patchify(images, vit.patch_embed.patch_size)
+    return cut_patches(images, vit.patch_embed.patch_size, keep)
+
+
+def cut_patches(images: Tensor, patch: tuple[int, int], keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`kept_patches` of any model with patches of this size."""
+    patches = patchify(images, patch)
     if keep is None:
         return patches, torch.arange(patches.shape[1], device=images.device)[None]
     return gather_tokens(patches, keep), keep

@@ -30,7 +30,6 @@ from ..runtime import device, generator, progress, timed
 from ..settings import Settings
 from ..store import Store
 from ..upload import Upload
-from ..vit import normalisation
 from .generator import divergence, learned_batch
 from .outcome import Outcome
 from .rounds import Student, budget, portions, stored
@@ -94,7 +93,7 @@ def perturb(ensemble: Ensemble, images: Tensor, settings: CoBoostingSettings, rn
     """
     if not settings.perturbation:
         return images
-    scale = normalisation(ensemble.members[0])[1].to(images)  # std of the pixels: ε is in full brightness
+    scale = ensemble.stats[1].to(images)  # std of the pixels: ε is in full brightness
     images = images.detach().requires_grad_(True)
     probabilities = (ensemble(images) / ODS_TEMPERATURE).softmax(dim=1)
     direction = 2 * torch.rand(probabilities.shape, generator=rng) - 1

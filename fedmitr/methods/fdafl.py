@@ -28,7 +28,7 @@ from ..runtime import autocast, generator, progress, timed
 from ..settings import Settings
 from ..store import Store
 from ..upload import Upload
-from ..vit import kept_patches, patch_features, read_by_head
+from ..vit import patch_features, read_by_head
 from .generator import Generator, make_adam, noise, take_step
 from .outcome import Outcome
 from .rounds import Student, budget, portions, stored
@@ -64,15 +64,17 @@ def _rounds(uploads: Sequence[Upload], settings: Settings) -> Outcome:
 
 
 def excite(ensemble: Ensemble, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The ensemble's log-probabilities (B, C), and every client's features before the head (K, B, d)."""
-    seen = kept_patches(ensemble.members[0], images)
+    """The ensemble's log-probabilities (B, C), and all clients' features before the head, in one row."""
+
+    def before_head(k: int, patches: Tensor, position: Tensor) -> Tensor:
+        member, seen = ensemble.members[k], ensemble.seen_by(k, patches, position)
+        return member.forward_head(patch_features(member, *seen, read_by_head(member)), pre_logits=True)
+
     with autocast(ensemble.precision):
-        features = [
-            m.forward_head(patch_features(m, *seen, read_by_head(m)), pre_logits=True)
-            for m in ensemble.members
-        ]
+        features = ensemble.each(before_head, *ensemble.cut(images))
         logits = [m.head(f) for m, f in zip(ensemble.members, features, strict=True)]
-    return ensemble.combine(torch.stack(logits).to(images)), torch.stack(features).to(images)
+    in_a_row = torch.cat([f.flatten() for f in features])  # clients' widths may differ
+    return ensemble.combine(torch.stack(logits).to(images)), in_a_row.to(images)
 
 
 def generator_loss(log_probs: Tensor, features: Tensor, settings: FdaflSettings) -> Tensor:

@@ -13,7 +13,6 @@ from timm.models.vision_transformer import VisionTransformer
 from tqdm.auto import tqdm
 
 from ..distill import distill
-from ..ensemble import Ensemble
 from ..inversion import SyntheticSet, invert, label_batches, load_synthetic, save_synthetic
 from ..parallel import parallel, spreads
 from ..runtime import derive_seed, device, progress
@@ -22,7 +21,7 @@ from ..store import Store, fingerprint, read_tensors, write_tensors
 from ..upload import Upload
 from ..vit import weights_digest
 from .outcome import Outcome
-from .rounds import student_start
+from .rounds import student_start, teacher
 
 
 def fedmitr(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
@@ -69,7 +68,7 @@ def _batch(
     before = bar.n
 
     def make() -> SyntheticSet:
-        ensemble = Ensemble(uploads, settings.ensemble).to(device())
+        ensemble = teacher(uploads, settings)
         labels = label_batches(settings.inversion, ensemble.num_classes, settings.seed)[index]
         return invert(
             ensemble,
@@ -106,7 +105,7 @@ def global_model(
     student = student_start(uploads, settings)
 
     def make() -> VisionTransformer:
-        ensemble = Ensemble(uploads, settings.ensemble).to(device())
+        ensemble = teacher(uploads, settings)
         with progress(settings.distill.steps, "distillation", "step") as bar:
             return distill(
                 student,

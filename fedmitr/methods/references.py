@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from ..ensemble import Ensemble
 from ..runtime import device
 from ..settings import Settings
 from ..store import Store
 from ..upload import Upload
 from .outcome import Outcome
+from .rounds import teacher
 
 
 def local(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
@@ -17,7 +17,7 @@ def local(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcom
 
 def ensemble(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
     """All uploads answering together: not a single model, K times the inference cost."""
-    return Outcome([Ensemble(uploads, settings.ensemble).to(device())])
+    return Outcome([teacher(uploads, settings)])
 
 
 def central(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:

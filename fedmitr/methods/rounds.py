@@ -17,7 +17,7 @@ from ..inversion import SyntheticSet, load_synthetic, save_synthetic
 from ..runtime import device, generator
 from ..settings import Settings
 from ..store import Store, fingerprint, read_tensors, write_json, write_tensors
-from ..upload import Upload, average_weights
+from ..upload import ModelShape, Upload, average_weights
 from ..vit import create_vit, kept_patches, weights_digest
 from .outcome import Outcome
 
@@ -26,9 +26,19 @@ WEIGHTS, ACCOUNT = "weights.safetensors", "account.json"
 Teacher = Callable[[Tensor, Tensor], Tensor]  # clients' logits (K, B, C) and labels (B,) to log-probs (B, C)
 
 
+def global_shape(uploads: Sequence[Upload], settings: Settings) -> ModelShape:
+    """The global model's shape: `model.name`, for the images and classes of the uploads."""
+    return uploads[0].shape.model_copy(update={"name": settings.model.name})
+
+
+def teacher(uploads: Sequence[Upload], settings: Settings) -> Ensemble:
+    """The ensemble of the uploads, on the global model's patch grid."""
+    return Ensemble(uploads, settings.ensemble, like=global_shape(uploads, settings).build()).to(device())
+
+
 def student_start(uploads: Sequence[Upload], settings: Settings) -> VisionTransformer:
     """The student before distillation: the shared initial model, or the average of the clients."""
-    shape, model = uploads[0].shape, settings.model
+    shape, model = global_shape(uploads, settings), settings.model
     if settings.distill.start == "average":
         vit = shape.build()
         vit.load_state_dict(average_weights(uploads))
@@ -60,7 +70,7 @@ class Student:
         change: Callable[[Ensemble, Tensor], Tensor] | None = None,
     ) -> None:
         """steps: of all rounds; change(ensemble, views): changes views before they are seen."""
-        self.ensemble = Ensemble(uploads, settings.ensemble).to(device())
+        self.ensemble = teacher(uploads, settings)
         self.vit = student_start(uploads, settings)
         own = getattr(settings, method, RivalSettings())  # a method of your own has no block
         self.settings = settings.distill.model_copy(update={"ce_weight": own.ce_weight, "lr": own.student_lr})
@@ -164,7 +174,7 @@ def stored(
     key = fingerprint(method, [u.digest for u in uploads], blocks, shared)
 
     def read(folder: Path) -> Outcome:
-        vit = uploads[0].shape.build()
+        vit = global_shape(uploads, settings).build()
         vit.load_state_dict(read_tensors(folder / WEIGHTS))
         account = json.loads((folder / ACCOUNT).read_text())
         return Outcome([vit.eval().to(device())], synthetic=load_synthetic(folder), **account)

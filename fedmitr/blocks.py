@@ -227,6 +227,12 @@ class DistillSettings(Block):
     views: int = setting(
         8, "random views drawn of each image, labelled by the teacher once; 0: new ones every step", ge=0
     )
+    per_class: int | None = setting(
+        None,
+        "clients that label a batch of views: so many for each class, drawn by shares of it; none: all. "
+        "FedMITR alone; with ensemble.mode=class",
+        ge=1,
+    )
     augment: Share = setting(1.0, "strength of random scale, rotation and shift of pixels and mask")
     precision: Precision = precision_of("the student's training")
 
@@ -244,7 +250,7 @@ def of_offsets(default: float) -> Any:
 
 
 # Of the `distill` block; every other method that distils has its own (`RivalSettings`) or no use for it.
-FEDMITR_ALONE = {"lr", "ce_weight", "calibrate", "token_weight"}
+FEDMITR_ALONE = {"lr", "ce_weight", "calibrate", "token_weight", "per_class"}
 
 
 class RivalSettings(Block):

@@ -45,12 +45,15 @@ def distill(
     optimizer, schedule = student_optimizer(student, settings)
     if settings.calibrate:
         ensemble = calibrated(ensemble, student, synthetic, settings, seed)
-    of_background = background_labels(ensemble, synthetic, relabel.temperature)
+    of_background = None
+    if relabel.source == "background_cls":
+        of_background = background_labels(ensemble, synthetic, relabel.temperature)
 
     def fresh(pick: Tensor) -> Batch:
         images, mask = view(student, synthetic, pick, settings, rng)
-        labels = synthetic.labels[pick]
-        teacher, soft = soft_token_labels(ensemble, images, of_background[pick], relabel)
+        labels, teacher = synthetic.labels[pick], ensemble.drawn(settings.per_class, rng)
+        background = None if of_background is None else of_background[pick]
+        teacher, soft = soft_token_labels(teacher, images, background, relabel)
         return images, teacher, labels, token_targets(labels, mask, soft, relabel)
 
     draw, count = fresh, len(synthetic)
@@ -78,7 +81,7 @@ def calibrated(
     def labelled(pick: Tensor) -> Batch:
         images = view(student, synthetic, pick, settings, rng)[0]
         with torch.no_grad():
-            return ensemble(images), synthetic.labels[pick]
+            return ensemble.drawn(settings.per_class, rng)(images), synthetic.labels[pick]
 
     views = draw_views(labelled, len(synthetic), FIT_VIEWS, rng)
     return ensemble.calibrated(ensemble.offset + fit_offset(*views, settings.calibrate))

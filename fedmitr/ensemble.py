@@ -140,6 +140,25 @@ class Ensemble(nn.Module):
         other._buffers = self._buffers | {"offset": offset.to(self.offset)}
         return other
 
+    def drawn(self, per_class: int | None, rng: torch.Generator) -> "Ensemble":
+        """For each class so many of the members, drawn by their shares of it; itself where per_class is None.
+
+        Of class y the logits of those drawn are averaged: over draws, mode `class` in expectation, at a cost
+        that does not grow with the number of clients.
+        """
+        if per_class is None:
+            return self
+        picks = torch.multinomial(self.shares.T.cpu(), per_class, replacement=True, generator=rng)  # (C, m)
+        weights = torch.zeros(self.shares.T.shape)
+        weights.scatter_add_(1, picks, torch.full(picks.shape, 1 / per_class))
+        some = weights.any(dim=0).nonzero()[:, 0].tolist()
+        other = copy.copy(self)
+        other._modules = self._modules | {"members": nn.ModuleList(self.members[k] for k in some)}
+        buffers = {"weights": weights.T[some].to(self.weights), "shares": self.shares[some]}
+        other._buffers = self._buffers | buffers
+        other.shapes = [self.shapes[k] for k in some]
+        return other
+
 
 class Owners:
     """A batch of images, each seen by one client alone: `owner` (B,), the one that answers for its label.

@@ -225,13 +225,14 @@ def distillation(settings: Settings, costs: Costs, team: Team, calibrate: float)
     views = count * own.views if own.views else steps
     fit = count * FIT_VIEWS * bool(calibrate)
     stored = count * own.views * (costs.image + FLOAT * costs.classes * (1 + costs.patches))
+    labelling = min(len(team), own.per_class * costs.classes) if own.per_class else len(team)
     teachers = sum(c.model for c in team)
     student = ADAM * costs.model + own.batch_size * costs.to_weights.kept
     return [
         Stage(
             "labels",
-            f"{views:,} views" + (f", {fit:,} for calibration" if fit else "") + f", by {len(team)} clients",
-            (views + fit) * sum(c.answer.flops for c in team),
+            f"{views:,} views" + (f", {fit:,} for calibration" if fit else "") + f", by {labelling} clients",
+            (views + fit) * sum(c.answer.flops for c in team) * labelling / len(team),
             teachers + stored,
         ),
         Stage(

@@ -57,12 +57,12 @@ def relabel_tokens(ensemble: Ensemble, synthetic: SyntheticSet, settings: Relabe
 
 @torch.no_grad()  # not inference_mode: the labels enter a loss that is differentiated
 def soft_token_labels(
-    ensemble: Ensemble, images: Tensor, of_background: Tensor, settings: RelabelSettings
+    ensemble: Ensemble, images: Tensor, of_background: Tensor | None, settings: RelabelSettings
 ) -> tuple[Tensor, Tensor]:
     """The ensemble's log-probabilities for CLS (B, C) at T = 1, and soft labels of the patches (B, N, C).
 
     Soft labels come from the clients' token logits, softmax(A^i(x) / T), or are the CLS prediction
-    on the background alone, `of_background` (B, C), for every patch.
+    on the background alone, `of_background` (B, C), for every patch; it may be None where it is not used.
     """
     of_cls, of_tokens = ensemble.forward_tokens(images)
     if settings.source == "background_cls":

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 
 from .blocks import (
     TASKS,
@@ -74,6 +74,15 @@ class Settings(Block):
     co_boosting: CoBoostingSettings = CoBoostingSettings()
     fedftg: FedftgSettings = FedftgSettings()
     fusefl: FuseflSettings = FuseflSettings()
+
+    @model_validator(mode="after")
+    def _drawn_by_class(self):
+        if self.distill.per_class and self.ensemble.mode != "class":
+            raise ValueError(
+                f"distill.per_class={self.distill.per_class} draws clients by class: allowed with "
+                f"ensemble.mode='class', not {self.ensemble.mode!r}"
+            )
+        return self
 
     @classmethod
     def load(cls, profile: str = "laptop", overrides: dict[str, Any] | None = None) -> "Settings":
@@ -153,7 +162,8 @@ def build(tree: dict[str, Any]) -> Settings:
         name = ".".join(str(p) for p in error["loc"])
         said = error["msg"].removeprefix("Value error, ")
         given = "" if isinstance(error["input"], BaseModel | dict) else f"={error['input']!r}"
-        raise BadInput(f"{name}{given}: {said[0].lower()}{said[1:]}") from None
+        where = f"{name}{given}: " if name else ""  # a rule between blocks names its settings itself
+        raise BadInput(f"{where}{said[0].lower()}{said[1:]}") from None
     if settings.task.name not in TASKS:
         raise BadInput(f"task.name={settings.task.name!r} is unknown: allowed are {', '.join(TASKS)}")
     return settings

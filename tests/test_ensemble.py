@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from conftest import make_upload
 from scipy.optimize import minimize
 
 import fedmitr as fm
@@ -273,3 +274,53 @@ def test_a_calibrated_ensemble_answers_with_its_offset_and_leaves_the_other_as_i
         torch.testing.assert_close(other(images, temperature=heat), wanted)
     torch.testing.assert_close(other.forward_tokens(images)[1], (of_tokens + offset).log_softmax(-1))
     assert torch.equal(ensemble(images), before) and not ensemble.offset.any()
+
+
+# A few members for each class.
+
+
+@pytest.fixture
+def many():
+    """Eight clients who hold classes in very different shares; class 9 is nobody's."""
+    rng = np.random.default_rng(3)
+    counts = rng.integers(0, 9, size=(8, 10)) * (rng.random((8, 10)) < 0.5)
+    counts[:, 9] = 0
+    return fm.Ensemble([make_upload(k, tuple(map(int, row))) for k, row in enumerate(counts)])
+
+
+def test_without_a_number_all_members_answer(many):
+    rng = torch.Generator().manual_seed(0)
+    before = rng.get_state()
+    assert many.drawn(None, rng) is many and torch.equal(rng.get_state(), before)
+
+
+def test_drawn_members_hold_the_class_that_they_answer_for(many, images):
+    everyone = many.logits(images)
+    for seed in range(5):
+        few = many.drawn(1, torch.Generator().manual_seed(seed))
+        assert len(few.members) <= 8 and few.weights.shape == (len(few.members), 10)
+        close(few.weights.sum(0), np.ones(10))
+        assert set(few.weights.unique().tolist()) == {0.0, 1.0}
+        assert (few.shares[few.weights > 0] > 0).all()
+        # each class's logit is that of one holder
+        which = [next(k for k, m in enumerate(many.members) if m is member) for member in few.members]
+        owner = [which[int(k)] for k in few.weights.argmax(0)]
+        wanted = torch.stack([everyone[k, :, y] for y, k in enumerate(owner)], dim=1).log_softmax(1)
+        close(few(images), wanted.numpy())
+
+
+def test_over_draws_weights_are_the_shares(many):
+    rng, total = torch.Generator().manual_seed(0), np.zeros((8, 10))
+    for _ in range(400):
+        few = many.drawn(2, rng)
+        for member, row in zip(few.members, few.weights, strict=True):
+            total[next(k for k, m in enumerate(many.members) if m is member)] += row.numpy() / 400
+    np.testing.assert_allclose(total, many.shares.numpy(), atol=0.08)  # four standard errors
+    assert len(many.members) == 8 and many.weights.shape == (8, 10)
+
+
+def test_drawn_members_keep_the_offset(many, images):
+    offset = torch.arange(10.0)
+    few = many.calibrated(offset).drawn(3, torch.Generator().manual_seed(0))
+    plain = many.drawn(3, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(few(images), (plain(images) + offset).log_softmax(1))

@@ -233,6 +233,12 @@ class DistillSettings(Block):
         "FedMITR alone; with ensemble.mode=class",
         ge=1,
     )
+    group: int | None = setting(
+        None,
+        "clients distilled together first, each group to one model that then stands for it; none: all at "
+        "once. FedMITR alone",
+        ge=2,
+    )
     augment: Share = setting(1.0, "strength of random scale, rotation and shift of pixels and mask")
     precision: Precision = precision_of("the student's training")
 
@@ -250,7 +256,7 @@ def of_offsets(default: float) -> Any:
 
 
 # Of the `distill` block; every other method that distils has its own (`RivalSettings`) or no use for it.
-FEDMITR_ALONE = {"lr", "ce_weight", "calibrate", "token_weight", "per_class"}
+FEDMITR_ALONE = {"lr", "ce_weight", "calibrate", "token_weight", "per_class", "group"}
 
 
 class RivalSettings(Block):

@@ -238,6 +238,13 @@ def fit_offset(log_probs: Tensor, labels: Tensor, penalty: float) -> Tensor:
     return offset.detach().float()
 
 
+def held_classes(uploads: Sequence[Upload]) -> Tensor:
+    """The classes that some client holds (C',), all where an upload does not say; nobody can show another."""
+    if any(u.class_counts is None for u in uploads):
+        return torch.arange(uploads[0].shape.num_classes)
+    return histograms(uploads).sum(dim=0).nonzero()[:, 0]
+
+
 def client_weights(uploads: Sequence[Upload], mode: str) -> Tensor:
     """The weights (K, 1) or (K, C) of an ensemble mode; columns sum to one."""
     if mode in ("mean_probs", "mean_logits"):

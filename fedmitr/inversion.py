@@ -71,10 +71,10 @@ def balanced_labels(count: int, num_classes: int, rng: torch.Generator) -> Tenso
     return labels[torch.randperm(count, generator=rng)]
 
 
-def label_batches(settings: InversionSettings, num_classes: int, seed: int) -> list[Tensor]:
-    """The target labels of every batch of a run."""
-    labels = balanced_labels(settings.images, num_classes, generator(seed, "targets"))
-    return list(labels.split(settings.batch_size))
+def label_batches(settings: InversionSettings, classes: Tensor, seed: int) -> list[Tensor]:
+    """The target labels of every batch of a run, drawn from these classes (C',)."""
+    order = balanced_labels(settings.images, len(classes), generator(seed, "targets"))
+    return list(classes[order].split(settings.batch_size))
 
 
 def invert(

@@ -9,6 +9,7 @@ products: bfloat16 and fused attention need less.
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -115,6 +116,9 @@ def plan(method: str, settings: Settings) -> list[Stage]:
     costs, team = costs_of(settings)
     stages = [clients(method, settings, costs, team)]
     if method == "fedmitr":
+        if settings.distill.group and len(team) > settings.distill.group:
+            stages += [groups(settings, costs, team)]
+            team = [costs] * (-(-len(team) // settings.distill.group))
         stages += [inversion(settings.inversion, costs, team)]
         stages += distillation(settings, costs, team, settings.distill.calibrate)
     elif method not in WITHOUT_STUDENT:
@@ -131,13 +135,18 @@ def plan(method: str, settings: Settings) -> list[Stage]:
 def costs_of(settings: Settings) -> tuple[Costs, Team]:
     """Of the global model, and of every client's."""
     classes = num_classes(settings.task)
-    vit = create_vit(settings.model.name, classes, image_size=settings.model.image_size)
-    size, channels = vit.patch_embed.img_size[0], vit.patch_embed.proj.in_channels
+    costs = model_costs(settings.model.name, classes, settings.model.image_size)
+    size, channels = costs.vit.patch_embed.img_size[0], costs.vit.patch_embed.proj.in_channels
     names = [settings.model_of(k).name for k in range(settings.partition.clients)]
-    known = {settings.model.name: Costs.of(vit)}
-    for name in set(names) - known.keys():
-        known[name] = Costs.of(create_vit(name, classes, image_size=size, in_chans=channels))
-    return known[settings.model.name], [known[name] for name in names]
+    known = {name: model_costs(name, classes, size, channels) for name in set(names) - {settings.model.name}}
+    known[settings.model.name] = costs
+    return costs, [known[name] for name in names]
+
+
+@functools.cache
+def model_costs(name: str, classes: int, size: int | None, channels: int | None = None) -> Costs:
+    """Of a model by its name; no weights are read."""
+    return Costs.of(create_vit(name, classes, image_size=size, in_chans=channels))
 
 
 def training_images(task: TaskSettings) -> int:
@@ -187,7 +196,8 @@ def inversion_flops(costs: Costs, how: InversionSettings) -> float:
 
 def inversion(how: InversionSettings, costs: Costs, team: Team) -> Stage:
     """All images, each seen by one client, drawn as any other here, or by all of them."""
-    owners, flops = how.teacher == "owners", sum(inversion_flops(c, how) for c in team)
+    owners = how.teacher == "owners"
+    flops = sum(count * inversion_flops(c, how) for c, count in Counter(team).items())
     kept = [c.to_image.kept for c in team]
     at_once = max(kept) if owners or len(team) > HELD else sum(kept)
     left = remaining(costs.patches, how.stop_ratio)
@@ -196,6 +206,20 @@ def inversion(how: InversionSettings, costs: Costs, team: Team) -> Stage:
         f"{how.images:,} images, {how.iterations:,} iterations, {costs.patches} patches, {left} at last",
         how.images * (flops / len(team) if owners else flops),
         sum(c.model for c in team) + min(how.batch_size, how.images) * (at_once + ADAM * costs.image),
+    )
+
+
+def groups(settings: Settings, costs: Costs, team: Team) -> Stage:
+    """Every group of clients distilled to one model, as all of them are otherwise."""
+    size = settings.distill.group
+    count = -(-len(team) // size)
+    one = [inversion(settings.inversion, costs, team[:size])]
+    one += distillation(settings, costs, team[:size], settings.distill.calibrate)
+    return Stage(
+        "groups",
+        f"{count} groups of {size} clients, each as below",
+        count * sum(s.flops for s in one),
+        max(s.memory for s in one),
     )
 
 

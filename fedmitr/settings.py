@@ -108,7 +108,7 @@ class Settings(Block):
     @property
     def mixed(self) -> bool:
         """Whether some client's architecture is not the global model's."""
-        return any(self.model_of(k) != self.model for k in range(self.partition.clients))
+        return any(name != self.model.name for name in self.client.models[: self.partition.clients])
 
 
 def check_architectures(settings: Settings, methods: Iterable[str]) -> None:

@@ -477,12 +477,14 @@ def test_labels_are_balanced_and_shuffled(count, classes, seed):
 
 
 def test_label_batches_cover_the_images_asked_for():
-    batches = label_batches(InversionSettings(images=70, batch_size=32), 10, seed=1)
+    batches = label_batches(InversionSettings(images=70, batch_size=32), torch.arange(10), seed=1)
     assert [len(b) for b in batches] == [32, 32, 6]
     assert torch.bincount(torch.cat(batches)).tolist() == [7] * 10
     assert torch.cat(batches).tolist() != sorted(torch.cat(batches).tolist())
-    again = label_batches(InversionSettings(images=70, batch_size=32), 10, seed=2)
+    again = label_batches(InversionSettings(images=70, batch_size=32), torch.arange(10), seed=2)
     assert not torch.equal(torch.cat(batches), torch.cat(again))
+    some = label_batches(InversionSettings(images=6, batch_size=6), torch.tensor([2, 5, 7]), seed=1)
+    assert sorted(some[0].tolist()) == [2, 2, 5, 5, 7, 7]
 
 
 def test_a_synthetic_set_comes_back_from_disk(sparse, tmp_path):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..blocks import CoBoostingSettings
 from ..distill import epochs
-from ..ensemble import Ensemble, combine
+from ..ensemble import Ensemble, combine, held_classes
 from ..inversion import balanced_labels
 from ..runtime import device, generator, progress, timed
 from ..settings import Settings
@@ -50,7 +50,8 @@ def _rounds(uploads: Sequence[Upload], settings: Settings) -> Outcome:
     student = Student(uploads, settings, "co_boosting", steps, partial(perturb, settings=own, rng=rng))
     teacher = student.ensemble
     teacher.mode = ON
-    targets = balanced_labels(images, teacher.num_classes, rng)
+    held = held_classes(uploads)
+    targets = held[balanced_labels(images, len(held), rng)]
     rounds = min(own.rounds, images)
     with progress(rounds * own.generator_steps + steps, "Co-Boosting", "step") as bar:
         shares = zip(targets.split(portions(images, rounds)), portions(steps, rounds), strict=True)

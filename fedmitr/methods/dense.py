@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..blocks import DenseSettings
-from ..ensemble import Ensemble
+from ..ensemble import Ensemble, held_classes
 from ..inversion import balanced_labels
 from ..runtime import device, generator, progress, timed
 from ..settings import Settings
@@ -44,7 +44,8 @@ def _rounds(uploads: Sequence[Upload], settings: Settings) -> Outcome:
     images, steps = budget(settings, own)
     student = Student(uploads, settings, "dense", steps)
     rng = generator(settings.seed, "dense")
-    targets = balanced_labels(images, student.ensemble.num_classes, rng)
+    held = held_classes(uploads)
+    targets = held[balanced_labels(images, len(held), rng)]
     rounds = min(own.rounds, images)
     with progress(rounds * own.generator_steps + steps, "DENSE", "step") as bar:
         shares = zip(targets.split(portions(images, rounds)), portions(steps, rounds), strict=True)

@@ -19,6 +19,7 @@ one client that the image is asked of, as in FedMITR.
 from collections.abc import Sequence
 from functools import partial
 
+from ..ensemble import held_classes
 from ..inversion import invert, label_batches
 from ..runtime import derive_seed, device, progress, timed
 from ..settings import Settings
@@ -39,7 +40,7 @@ def _rounds(uploads: Sequence[Upload], settings: Settings) -> Outcome:
         update={"stop_at": (), "stop_ratio": (), "iterations": own.iterations}
     )
     student = Student(uploads, settings, "fadi", steps)
-    batches = list(enumerate(label_batches(dense, student.ensemble.num_classes, settings.seed)))
+    batches = list(enumerate(label_batches(dense, held_classes(uploads), settings.seed)))
     rounds = min(own.rounds, len(batches))
     with progress(len(batches) * dense.iterations + steps, "F-ADI", "step") as bar:
         for share in portions(steps, rounds):

@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from tqdm.auto import tqdm
 
 from ..distill import distill
+from ..ensemble import held_classes
 from ..inversion import SyntheticSet, invert, label_batches, load_synthetic, save_synthetic
 from ..parallel import parallel, spreads
 from ..runtime import derive_seed, device, progress
@@ -21,18 +22,66 @@ from ..store import Store, fingerprint, read_tensors, write_tensors
 from ..upload import Upload
 from ..vit import weights_digest
 from .outcome import Outcome
-from .rounds import student_start, teacher
+from .rounds import global_shape, student_start, teacher
 
 
 def fedmitr(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
-    """Uploads to one global model: invert, relabel, distil; each stage kept in the store."""
+    """Uploads to one global model: invert, relabel, distil; each stage kept in the store.
+
+    With `distill.group` groups of clients come first: each is made one upload, and these are the clients.
+    """
+    before: dict[str, float] = {}
+    if settings.distill.group:
+        uploads, before = in_groups(uploads, settings, store)
+        settings = ungrouped(settings)
     synthetic = synthetic_set(uploads, settings, store)
     model = global_model(uploads, synthetic, settings, store)
     seconds = {
         "inversion": sum(store.seconds("synthetic", key) for key in inversion_keys(uploads, settings)),
         "distillation": store.seconds("global", distill_key(uploads, settings)),
     }
-    return Outcome([model], seconds, synthetic, settings.distill.steps)
+    return Outcome([model], add_up([before, seconds]), synthetic, settings.distill.steps)
+
+
+def in_groups(
+    uploads: Sequence[Upload], settings: Settings, store: Store
+) -> tuple[list[Upload], dict[str, float]]:
+    """Each group of `distill.group` clients, in their order, as the one upload of its global model; seconds.
+
+    Holds one group's models at a time, and groups are independent of each other. What the group's clients
+    hold, n_k and c_k, is summed. A single group, or one with a single client, is left as it is.
+    """
+    size = settings.distill.group
+    if len(uploads) <= size:
+        return list(uploads), {}
+    made, seconds = [], []
+    for first in range(0, len(uploads), size):
+        group = uploads[first : first + size]
+        if len(group) == 1:
+            made += group
+            continue
+        outcome = fedmitr(group, ungrouped(settings), store)
+        seconds.append(outcome.seconds)
+        counts = None
+        if all(u.class_counts is not None for u in group):
+            counts = tuple(map(sum, zip(*(u.class_counts for u in group), strict=True)))
+        weights = {name: v.cpu().contiguous() for name, v in outcome.models[0].state_dict().items()}
+        shape = global_shape(group, settings)
+        made.append(Upload(group[0].client, sum(u.size for u in group), shape, weights, counts))
+    return made, add_up(seconds)
+
+
+def ungrouped(settings: Settings) -> Settings:
+    return settings.model_copy(update={"distill": settings.distill.model_copy(update={"group": None})})
+
+
+def add_up(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Seconds of every stage, summed."""
+    total: dict[str, float] = {}
+    for part in parts:
+        for stage, value in part.items():
+            total[stage] = total.get(stage, 0.0) + value
+    return total
 
 
 def inversion_keys(uploads: Sequence[Upload], settings: Settings) -> list[str]:
@@ -69,7 +118,7 @@ def _batch(
 
     def make() -> SyntheticSet:
         ensemble = teacher(uploads, settings)
-        labels = label_batches(settings.inversion, ensemble.num_classes, settings.seed)[index]
+        labels = label_batches(settings.inversion, held_classes(uploads), settings.seed)[index]
         return invert(
             ensemble,
             labels.to(device()),

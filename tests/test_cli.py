@@ -123,7 +123,8 @@ def test_the_same_command_from_another_fresh_store_gives_the_same_run(first, sto
     for name in first.keys() - {"seconds"}:
         assert again[name] == first[name], name
     made, before = tensors(tmp_path), tensors(store)
-    assert {path.parts[0] for path in made} == {"uploads", "synthetic", "global"} and len(made) == 5
+    stages = {"uploads", "synthetic", "global", "references"}
+    assert {path.parts[0] for path in made} == stages and len(made) == 6
     assert all(before[path] == content for path, content in made.items())
 
 

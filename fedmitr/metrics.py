@@ -59,14 +59,14 @@ def answers(models: Sequence[nn.Module], images: Tensor) -> Tensor:
     return torch.stack([predict(model, images).argmax(-1) for model in models])
 
 
-def share_right(answers: Tensor, labels: Tensor) -> Tensor:
-    """Share of answers (..., n) that are the labels (n,), in [0, 1]."""
-    return (answers == labels).double().mean(-1)
+def share_right(named: Tensor, labels: Tensor) -> Tensor:
+    """Share of named classes (..., n) that are the labels (n,), in [0, 1]."""
+    return (named == labels).double().mean(-1)
 
 
-def recall(answers: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Recall of each class (C,) by answers (n,), NaN for a class that no label names."""
-    hit = (answers == labels).double()
+def recall(named: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Recall of each class (C,) by named classes (n,), NaN for a class that is no label."""
+    hit = (named == labels).double()
     total = torch.bincount(labels, minlength=num_classes)
     return torch.bincount(labels, weights=hit, minlength=num_classes) / total
 

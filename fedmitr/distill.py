@@ -19,9 +19,8 @@ from .optim import make_optimizer, make_schedule
 from .relabel import background_labels, soft_token_labels, tempered, token_targets
 from .runtime import autocast, generator
 from .scenes import texture
-from .vit import forward_tokens, grid_size, image_logits, normalisation
+from .vit import forward_tokens, grid_size, image_logits, images_at_once, normalisation
 
-VIEW_BATCH = 256  # images that the teacher labels together
 FIT_VIEWS = 4  # views of each image that calibration sees
 Batch = tuple[Tensor, ...]
 
@@ -58,7 +57,7 @@ def distill(
 
     draw, count = fresh, len(synthetic)
     if settings.views:  # the teacher, K forwards an image, labels every view once
-        pool = draw_views(fresh, count, settings.views, rng)
+        pool = draw_views(fresh, count, settings.views, rng, images_at_once(student))
         draw, count = rows_of(pool), len(pool[0])
     batches = map(draw, islice(epochs(count, settings.batch_size, rng), settings.steps))
     return train_student(student, batches, optimizer, schedule, settings, relabel, progress)
@@ -83,13 +82,18 @@ def calibrated(
         with torch.no_grad():
             return ensemble.drawn(settings.per_class, rng)(images), synthetic.labels[pick]
 
-    views = draw_views(labelled, len(synthetic), FIT_VIEWS, rng)
+    views = draw_views(labelled, len(synthetic), FIT_VIEWS, rng, images_at_once(student))
     return ensemble.calibrated(ensemble.offset + fit_offset(*views, settings.calibrate))
 
 
-def draw_views(fresh: Callable[[Tensor], Batch], count: int, views: int, rng: torch.Generator) -> Batch:
-    """`views` random views of each of `count` images, as `fresh` draws and labels them: columns of rows."""
-    drawn = zip(*map(fresh, epochs(count, VIEW_BATCH, rng, views)), strict=True)
+def draw_views(
+    fresh: Callable[[Tensor], Batch], count: int, views: int, rng: torch.Generator, batch_size: int
+) -> Batch:
+    """`views` random views of each of `count` images: columns of rows.
+
+    `fresh` draws and labels batch_size of them together.
+    """
+    drawn = zip(*map(fresh, epochs(count, batch_size, rng, views)), strict=True)
     return tuple(map(torch.cat, drawn))
 
 

@@ -3,7 +3,6 @@
 This is the only room that sees both sides. Clients get shards and give uploads; methods get uploads.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,14 +20,14 @@ from .client import FusionClient, local_steps, train_client
 from .errors import BadInput
 from .fuse import stage_blocks
 from .methods import METHODS, Outcome
-from .metrics import accuracy, accuracy_per_class, inference_flops
+from .metrics import answers, inference_flops, predict_with_members, recall, share_right
 from .parallel import jobs, parallel, spreads
 from .partition import partition
 from .paths import default_store
 from .photos import num_classes
-from .runtime import progress, versions
+from .runtime import progress, uses_bf16, versions
 from .settings import Settings, check_architectures
-from .store import Store, fingerprint, write_json
+from .store import Store, fingerprint, read_tensors, write_tensors
 from .tasks import Split, Task, load_task
 from .upload import NEED_COUNTS, Upload, asks_counts
 from .vit import client_vit, normalisation, shared_vit, weights_digest
@@ -238,19 +237,30 @@ class Experiment:
             return METHODS["fusefl"](self.clients, self.settings, self.store)
 
     @cached_property
-    def reference_scores(self) -> dict[str, list[float]]:
-        """Test accuracies of what every method is measured against: one, or one per client for `local`."""
-        names, test = ["ensemble", "local"], self.task.test
-        if not self.settings.mixed:
-            names.insert(1, "fedavg")
+    def reference_answers(self) -> dict[str, Tensor]:
+        """Classes (models, n) that what every method is measured against names on the test split."""
         made_by = [[u.digest for u in self.uploads], self.settings.ensemble.model_dump()]
         return self.store.get(
             "references",
-            fingerprint("references", made_by, self.settings.seed, *self._data),
-            read=lambda folder: json.loads((folder / "scores.json").read_text()),
-            make=lambda: {n: [accuracy(m, test) for m in self.outcome(n).models] for n in names},
-            write=lambda scores, folder: write_json(folder / "scores.json", scores),
+            fingerprint("answers", made_by, self.settings.seed, *self._data),
+            read=lambda folder: read_tensors(folder / "answers.safetensors"),
+            make=self._answer_references,
+            write=lambda found, folder: write_tensors(found, folder / "answers.safetensors"),
         )
+
+    def _answer_references(self) -> dict[str, Tensor]:
+        (ensemble,), images = self.models("ensemble"), self.task.test.images
+        found = {} if self.settings.mixed else {"fedavg": answers(self.models("fedavg"), images)}
+        if uses_bf16(ensemble.precision):  # its members are not the clients' own models, which are float32
+            return found | {name: answers(self.models(name), images) for name in ("ensemble", "local")}
+        together = predict_with_members(ensemble, images).argmax(-1)
+        return found | {"ensemble": together[:1], "local": together[1:]}
+
+    @property
+    def reference_scores(self) -> dict[str, list[float]]:
+        """Test accuracies of what every method is measured against: one, or one per client for `local`."""
+        labels = self.task.test.labels
+        return {name: share_right(found, labels).tolist() for name, found in self.reference_answers.items()}
 
     def result(self, method: str) -> Result:
         """Run a method and evaluate it and its references on the test split."""
@@ -269,9 +279,10 @@ class Experiment:
     def _evaluate(self, method: str, key: str, test: Split) -> Result:
         s, outcome = self.settings, self.outcome(method)
         models, image = outcome.models, test.images[:1]
-        per_class = torch.stack([accuracy_per_class(m, test, len(self.task.classes)) for m in models])
-        scores = self.reference_scores
-        own = scores.get(method) or [accuracy(m, test) for m in models]
+        found, scores = self.reference_answers.get(method), self.reference_scores
+        found = answers(models, test.images) if found is None else found
+        own = share_right(found, test.labels).tolist()
+        per_class = torch.stack([recall(row, test.labels, len(self.task.classes)) for row in found])
         return Result(
             run_id=key,
             method=method,

@@ -1,7 +1,7 @@
 """What is measured: accuracy, per class too, calibration, and how much true foreground the stops keep."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -16,29 +16,69 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .ensemble import Ensemble
 from .inversion import SyntheticSet, remaining
-from .runtime import device
+from .runtime import device, progress
 from .scenes import patch_share
 from .tasks import Split
-from .vit import gather_tokens, image_logits, kept_patches, patch_features, read_by_head
+from .vit import gather_tokens, image_logits, images_at_once, kept_patches, patch_features, read_by_head
+
+
+def predict(model: nn.Module, images: Tensor, batch_size: int | None = None) -> Tensor:
+    """Class probabilities (n, C) on the CPU; the model may return logits or log-probabilities.
+
+    batch_size: by default `vit.images_at_once`.
+    """
+    return _in_batches(model, model, images, batch_size)
+
+
+def predict_with_members(ensemble: Ensemble, images: Tensor) -> Tensor:
+    """Class probabilities (1 + K, n, C) of the ensemble and of its members, from one forward of each."""
+
+    def everyone(batch: Tensor) -> Tensor:
+        each = ensemble.logits(batch)
+        return torch.cat([ensemble.combine(each)[None], each])
+
+    return _in_batches(everyone, ensemble, images)
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
-    """Class probabilities (n, C) on the CPU; the model may return logits or log-probabilities."""
+def _in_batches(
+    answer: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor, batch_size: int | None = None
+) -> Tensor:
+    """Probabilities (..., n, C) on the CPU from what `answer` makes of each batch on the model's device."""
     at = next((p.device for p in model.parameters()), images.device)
-    return torch.cat([model(part.to(at)).softmax(dim=-1).cpu() for part in images.split(batch_size)])
+    parts = []
+    with progress(len(images), "evaluation", "image", delay=1) as bar:
+        for batch in images.split(batch_size or images_at_once(model)):
+            parts.append(answer(batch.to(at)).softmax(dim=-1).cpu())
+            bar.update(len(batch))
+    return torch.cat(parts, dim=-2)
+
+
+def answers(models: Sequence[nn.Module], images: Tensor) -> Tensor:
+    """The class (models, n) that each model names for each image."""
+    return torch.stack([predict(model, images).argmax(-1) for model in models])
+
+
+def share_right(named: Tensor, labels: Tensor) -> Tensor:
+    """Share of named classes (..., n) that are the labels (n,), in [0, 1]."""
+    return (named == labels).double().mean(-1)
+
+
+def recall(named: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Recall of each class (C,) by named classes (n,), NaN for a class that is no label."""
+    hit = (named == labels).double()
+    total = torch.bincount(labels, minlength=num_classes)
+    return torch.bincount(labels, weights=hit, minlength=num_classes) / total
 
 
 def accuracy(model: nn.Module, split: Split) -> float:
     """Share of the split's images named right, in [0, 1]."""
-    return (predict(model, split.images).argmax(1) == split.labels).double().mean().item()
+    return share_right(answers([model], split.images)[0], split.labels).item()
 
 
 def accuracy_per_class(model: nn.Module, split: Split, num_classes: int) -> Tensor:
     """Recall of each class (C,), NaN for a class that the split does not hold."""
-    hit = (predict(model, split.images).argmax(1) == split.labels).double()
-    total = torch.bincount(split.labels, minlength=num_classes)
-    return torch.bincount(split.labels, weights=hit, minlength=num_classes) / total
+    return recall(answers([model], split.images)[0], split.labels, num_classes)
 
 
 @torch.inference_mode()
@@ -49,7 +89,7 @@ def surviving_patches(ensemble: Ensemble, images: Tensor, ratios: Sequence[float
     computed anew on the patches that are left.
     """
     parts = []
-    for batch in images.split(256):
+    for batch in images.split(images_at_once(ensemble)):
         patches, keep = ensemble.cut(batch.to(device()))
         keep = keep.expand(len(batch), -1)
         mask = torch.zeros(keep.shape, dtype=torch.bool)
@@ -70,7 +110,8 @@ def foreground_kept(foreground: Tensor, mask: Tensor, patch: int) -> Tensor:
 def token_features(vit: VisionTransformer, images: Tensor) -> np.ndarray:
     """Output tokens (n, N, d) of whole images, on the CPU."""
     vit = copy.deepcopy(vit).to(device()).eval()
-    parts = [patch_features(vit, *kept_patches(vit, i.to(device()))) for i in images.split(256)]
+    batches = images.split(images_at_once(vit))
+    parts = [patch_features(vit, *kept_patches(vit, batch.to(device()))) for batch in batches]
     return torch.cat(parts)[:, vit.num_prefix_tokens :].cpu().numpy()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from .blocks import RelabelSettings
 from .ensemble import Ensemble
 from .inversion import SyntheticSet
+from .vit import images_at_once
 
 
 def token_targets(labels: Tensor, mask: Tensor, soft: Tensor, settings: RelabelSettings) -> Tensor:
@@ -37,7 +38,7 @@ def background_labels(ensemble: Ensemble, synthetic: SyntheticSet, temperature: 
     keep = stopped.int().topk(count, dim=1).indices.sort(dim=1).values if count else None
     parts = [
         ensemble(synthetic.pixels[i], None if keep is None else keep[i], temperature).exp()
-        for i in torch.arange(len(synthetic)).split(256)
+        for i in torch.arange(len(synthetic)).split(images_at_once(ensemble))
     ]
     return torch.cat(parts)
 
@@ -49,7 +50,7 @@ def relabel_tokens(ensemble: Ensemble, synthetic: SyntheticSet, settings: Relabe
     """
     of_background = background_labels(ensemble, synthetic, settings.temperature)
     parts = []
-    for i in torch.arange(len(synthetic)).split(256):
+    for i in torch.arange(len(synthetic)).split(images_at_once(ensemble)):
         soft = soft_token_labels(ensemble, synthetic.pixels[i], of_background[i], settings)[1]
         parts.append(token_targets(synthetic.labels[i], synthetic.mask[i], soft, settings))
     return torch.cat(parts)

@@ -76,10 +76,10 @@ def static() -> bool:
     return bool(os.environ.get("FEDMITR_STATIC"))
 
 
-def progress(total: int, title: str, unit: str) -> tqdm:
-    """A progress bar on stderr, or in the notebook."""
+def progress(total: int, title: str, unit: str, delay: float = 0) -> tqdm:
+    """A progress bar on stderr, or in the notebook; what is done within `delay` seconds shows none."""
     quiet = {"disable": True} if static() else {}  # else tqdm's own $TQDM_DISABLE decides
-    return tqdm(total=total, desc=title, unit=unit, **quiet)
+    return tqdm(total=total, desc=title, unit=unit, delay=delay, **quiet)
 
 
 @contextmanager

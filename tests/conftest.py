@@ -45,6 +45,22 @@ def same(a, b) -> bool:
     )
 
 
+@pytest.fixture
+def block_passes():
+    """How many images go through a transformer block together, one entry for each time that one runs."""
+    from timm.layers import Mlp  # after fedmitr, which lets timm import torchvision
+
+    seen = []
+
+    def count(module, _, output):
+        if isinstance(module, Mlp):  # one in every block
+            seen.append(len(output))
+
+    hook = torch.nn.modules.module.register_module_forward_hook(count)
+    yield seen
+    hook.remove()
+
+
 @pytest.fixture(scope="session")
 def micro():
     """ViT-Micro with loud random weights."""

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 import fedmitr.experiment as experiment
 from fedmitr.cli import main, parse_seeds
 from fedmitr.errors import BadInput
+from fedmitr.metrics import accuracy
 from fedmitr.settings import METHODS, PROFILES, Settings, fields, parse_assignment
 from fedmitr.upload import Upload
 
@@ -107,9 +108,9 @@ def test_accuracies_are_those_of_the_models_on_the_test_split(first, store):
             int(model(x[None]).argmax()) == int(y)
             for x, y in zip(test.images[:60], test.labels, strict=False)
         )
-        few = experiment.accuracy(model, test.subset(torch.arange(60)))
+        few = accuracy(model, test.subset(torch.arange(60)))
         assert few == pytest.approx(hits / 60)
-        assert first[name] == pytest.approx(experiment.accuracy(model, test))
+        assert first[name] == pytest.approx(accuracy(model, test))
 
 
 def tensors(store):
@@ -122,7 +123,8 @@ def test_the_same_command_from_another_fresh_store_gives_the_same_run(first, sto
     for name in first.keys() - {"seconds"}:
         assert again[name] == first[name], name
     made, before = tensors(tmp_path), tensors(store)
-    assert {path.parts[0] for path in made} == {"uploads", "synthetic", "global"} and len(made) == 5
+    stages = {"uploads", "synthetic", "global", "references"}
+    assert {path.parts[0] for path in made} == stages and len(made) == 6
     assert all(before[path] == content for path, content in made.items())
 
 

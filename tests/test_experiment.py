@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import shutil
 from functools import partial
 
 import pytest
@@ -163,6 +164,45 @@ def test_the_same_settings_give_the_same_models_in_another_store(results, these,
     fresh = fm.Experiment(small(), tmp_path)
     for method in METHODS:
         assert equal(state_of(fresh.outcome(method)), state_of(these.outcome(method))), method
+
+
+# The evaluation.
+
+
+@pytest.fixture
+def unmeasured(results, store, tmp_path):
+    """The same models in a store of which nothing has been evaluated."""
+    copy = tmp_path / "unmeasured"
+    shutil.copytree(store, copy, ignore=shutil.ignore_patterns("runs", "references"))
+    return copy
+
+
+def test_an_image_goes_once_through_every_model(unmeasured, results, no_work, block_passes):
+    one, images = fm.Experiment(small(), unmeasured), 90
+
+    def models_run(method, experiment):
+        block_passes.clear()
+        assert experiment.result(method) == results[method]
+        return sum(n for n in block_passes if n > 1) / 4 / images  # one image is for the operations counted
+
+    assert len(one.task.test) == images
+    assert models_run("fedmitr", one) == 1 + 2 + 1  # the global model, the clients', their average
+    for method in ("ensemble", "local", "fedavg"):
+        assert models_run(method, fm.Experiment(small(), unmeasured)) == 0
+    assert models_run("central", one) == 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_references_answer_what_their_models_answer_one_image_at_a_time(unmeasured, no_work, precision):
+    experiment = fm.Experiment(small(ensemble__precision=precision), unmeasured)
+    images, found = experiment.task.test.images, experiment.reference_answers
+    assert {name: len(rows) for name, rows in found.items()} == {"ensemble": 1, "fedavg": 1, "local": 2}
+    for name, rows in found.items():
+        whole = name == "ensemble" and precision == "bf16"  # which rounds otherwise in another batch
+        batches = images.split(len(images) if whole else 1)
+        with torch.inference_mode():
+            for model, row in zip(experiment.models(name), rows, strict=True):
+                assert row.tolist() == [c for batch in batches for c in model(batch).argmax(1).tolist()], name
 
 
 # Who is asked for its class histogram.

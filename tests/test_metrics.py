@@ -1,5 +1,8 @@
 """metrics.py against loops and the counter of torch."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fedmitr as fm
-from fedmitr.blocks import EnsembleSettings
+from fedmitr import metrics, vit
+from fedmitr.blocks import EnsembleSettings, RelabelSettings
 from fedmitr.metrics import (
     accuracy,
     accuracy_per_class,
@@ -17,9 +21,13 @@ from fedmitr.metrics import (
     inference_flops,
     label_skew,
     predict,
+    predict_with_members,
+    recall,
+    share_right,
     surviving_patches,
     token_features,
 )
+from fedmitr.relabel import background_labels, relabel_tokens
 from fedmitr.scenes import patch_share
 from fedmitr.tasks import Split
 from fedmitr.vit import cls_attention, kept_patches, patch_features
@@ -62,6 +70,72 @@ def test_predictions_do_not_depend_on_the_batch_and_sum_to_one(micro, answers):
         torch.testing.assert_close(predict(micro, images, batch_size), wanted, rtol=1e-4, atol=1e-5)
     logs = predict(Echo(), answers.images.log_softmax(-1))
     torch.testing.assert_close(logs, predict(Echo(), answers.images))
+
+
+@pytest.mark.parametrize("mode", ["mean_probs", "class"])
+def test_an_ensemble_and_its_members_answer_at_once_what_they_answer_image_by_image(uploads, images, mode):
+    teacher = fm.Ensemble(uploads, EnsembleSettings(mode=mode))
+    found = predict_with_members(teacher, images)
+    assert found.shape == (4, 3, 10)
+    for b in range(3):
+        each = [u.vit()(images[b : b + 1])[0] for u in uploads]  # timm's own forward
+        together = teacher(images[b : b + 1])[0].exp()
+        for row, wanted in zip(found[:, b], [together, *(z.softmax(-1) for z in each)], strict=True):
+            torch.testing.assert_close(row, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[0], predict(teacher, images))
+
+
+def test_every_member_sees_every_image_once(uploads, images, block_passes):
+    predict_with_members(fm.Ensemble(uploads), images)
+    assert block_passes == [len(images)] * 3 * 4  # three members of four blocks
+
+
+def test_answers_and_shares_are_those_of_each_model(micro, uploads, images):
+    models, labels = [micro, uploads[1].vit()], torch.tensor([4, 2, 4])
+    found = metrics.answers(models, images)
+    wanted = [[int(m(x[None]).argmax()) for x in images] for m in models]
+    assert found.tolist() == wanted
+    for row, right in zip(wanted, share_right(found, torch.tensor(wanted[1])), strict=True):
+        assert right.item() == np.mean([a == b for a, b in zip(row, wanted[1], strict=True)])
+    assert recall(labels, labels, 5).isnan().tolist() == [True, True, False, True, False]
+
+
+def test_evaluation_tells_how_many_images_it_has_seen(micro, monkeypatch):
+    """Its bar waits: what is evaluated in a moment shows none."""
+    bars = []
+
+    def bar(*given, **named):
+        bars.append(SimpleNamespace(given=given, named=named, seen=[]))
+        bars[-1].update = bars[-1].seen.append
+        return nullcontext(bars[-1])
+
+    monkeypatch.setattr(metrics, "progress", bar)
+    predict(micro, torch.zeros(7, 1, 24, 24), batch_size=3)
+    (one,) = bars
+    assert one.given == (7, "evaluation", "image") and one.named["delay"] >= 1 and one.seen == [3, 3, 1]
+
+
+def test_nothing_depends_on_how_many_images_are_seen_at_once(uploads, synthetic, block_passes, monkeypatch):
+    teacher = fm.Ensemble(uploads, EnsembleSettings(mode="mean_probs"))
+    images, model = synthetic.pixels, teacher.members[0]
+
+    def everything():
+        block_passes.clear()
+        return [
+            predict(model, images),
+            predict_with_members(teacher, images),
+            torch.from_numpy(token_features(model, images)),
+            surviving_patches(teacher, images, (0.3, 0.5)),
+            background_labels(teacher, synthetic, 2.0),
+            relabel_tokens(teacher, synthetic, RelabelSettings()),
+        ]
+
+    whole = everything()
+    assert max(block_passes) == len(images) == 10
+    monkeypatch.setattr(vit, "PATCHES_AT_ONCE", 3 * 36 + 35)
+    for part, wanted in zip(everything(), whole, strict=True):
+        torch.testing.assert_close(part, wanted, rtol=1e-4, atol=1e-5)
+    assert max(block_passes) == 3
 
 
 def test_surviving_patches_are_found_stop_by_stop(uploads):

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fedmitr as fm
-from fedmitr.vit import cls_attention, forward_tokens, normalisation, patchify, unpatchify
+from fedmitr.vit import cls_attention, forward_tokens, images_at_once, normalisation, patchify, unpatchify
 
 VARIANTS = {  # what timm's families differ in, on a small scale
     "norm before the blocks": dict(pre_norm=True),
@@ -360,3 +361,19 @@ def test_a_checkpoint_spares_the_download(checkpoint, monkeypatch, micro, tmp_pa
     fm.create_vit("test_vit", 10, pretrained=True, checkpoint=path)
     loaded = fm.create_vit("vit_micro", 10, pretrained=True, checkpoint=checkpoint)
     assert torch.equal(loaded.pos_embed, micro.pos_embed)
+
+
+@pytest.mark.parametrize(
+    "name, side", [("vit_micro", s) for s in (12, 24, 32, 48, 224)] + [("test_vit", 160)]
+)
+def test_batches_without_a_gradient_are_bounded_by_their_patches(name, side):
+    model = fm.create_vit(name, image_size=side)
+    found, patches = images_at_once(model), model.patch_embed.num_patches
+    assert found == 256 if patches <= 64 else 1 <= found < 256
+    assert found * patches <= 256 * 64 < (found + 1) * patches or found == 256
+    assert images_at_once(nn.ModuleList([fm.create_vit("vit_micro"), model])) <= found
+
+
+def test_batches_are_never_empty_and_models_without_patches_take_the_most():
+    assert images_at_once(fm.create_vit("vit_micro", image_size=1024)) == 1
+    assert images_at_once(nn.Linear(2, 2)) == 256

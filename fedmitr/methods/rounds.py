@@ -18,7 +18,7 @@ from ..runtime import device, generator
 from ..settings import Settings
 from ..store import Store, fingerprint, read_tensors, write_json, write_tensors
 from ..upload import ModelShape, Upload, average_weights
-from ..vit import create_vit, kept_patches, weights_digest
+from ..vit import create_vit, images_at_once, kept_patches, weights_digest
 from .outcome import Outcome
 
 NO_TOKENS = RelabelSettings(mode="none")
@@ -99,7 +99,7 @@ class Student:
         self.parts.append(part)
         if self.settings.views:
             draw = partial(self._view, part)
-            self.views.append(draw_views(draw, len(part), self.settings.views, self.rng))
+            self.views.append(self._draw(draw, len(part), self.settings.views))
 
     def pool(self) -> Batch:
         """All stored views (V, ch, H, W), their labels (V,) and the clients' logits (V, K, C).
@@ -107,7 +107,7 @@ class Student:
         With distill.views=0 nothing is stored, and one new view of each image is drawn.
         """
         if not self.settings.views:
-            return draw_views(partial(self._view, self.images), len(self.images), 1, self.rng)
+            return self._draw(partial(self._view, self.images), len(self.images), 1)
         return tuple(map(torch.cat, zip(*self.views, strict=True)))
 
     def learn(self, steps: int, teacher: Teacher, progress: Callable[[int], object] | None = None) -> None:
@@ -133,10 +133,11 @@ class Student:
         if self.settings.views:
             labels, logits = map(torch.cat, list(zip(*self.views, strict=True))[1:])
         else:
-            labels, logits = draw_views(
-                lambda pick: self._view(self.images, pick)[1:], len(self.images), 1, self.rng
-            )
+            labels, logits = self._draw(lambda pick: self._view(self.images, pick)[1:], len(self.images), 1)
         return fit_offset(teacher(logits.transpose(0, 1), labels), labels, self.calibrate)
+
+    def _draw(self, fresh: Callable[[Tensor], Batch], count: int, views: int) -> Batch:
+        return draw_views(fresh, count, views, self.rng, images_at_once(self.vit))
 
     def _view(self, images: SyntheticSet, pick: Tensor) -> Batch:
         seen = view(self.vit, images, pick, self.settings, self.rng)[0]

@@ -1,6 +1,7 @@
 # make setup       the environment, in .venv
 # make reproduce   every notebook, figure and table (PROFILE=smoke|laptop|gpu|paper)
 # make test        every check
+# make test-flower the Flower app's tests, in .venv-flower; part of make test
 # make results     the README's tables: every method on ten seeds at three skews, about an hour
 # make ablations   notebook 06's table: every cell of results/ablations.yaml on five seeds
 #
@@ -14,15 +15,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
+FLOWER := .venv-flower
+FLOWER_STAMP := $(FLOWER)/.installed
+SITE := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test results ablations lint format weights clean
+.PHONY: help setup reproduce test test-flower results ablations lint format weights clean
 
 # A figure backend set for another program must not reach the notebooks.
 unexport MPLBACKEND
 
 help:
-	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | results | ablations | lint | format | weights | clean"
+	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | results | ablations | lint | format | weights | clean"
 
 setup: $(STAMP)
 
@@ -42,6 +46,22 @@ test: lint
 	$(BIN)/python -m pytest
 	FEDMITR_PROFILE=smoke FEDMITR_JOBS=1 $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=600 \
 	  --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks/*.ipynb
+	@$(MAKE) --no-print-directory test-flower
+
+# Left out, in one line, only where Flower cannot be installed: whatever fails after that is a failure.
+test-flower: $(FLOWER_STAMP)
+	@test ! -e $(FLOWER_STAMP) || $(FLOWER)/bin/python -m pytest tests/test_flower.py
+
+# Flower's pins contradict requirements.txt, so it has an environment of its own: its packages first, then
+# fedmitr and all that $(VENV) has, torch among them.
+$(FLOWER_STAMP): $(STAMP) requirements-flower.txt
+	@echo "Installing Flower into $(FLOWER)"
+	@rm -rf $(FLOWER) && $(BIN)/python -m venv $(FLOWER)
+	@if $(FLOWER)/bin/python -m pip install --no-deps -r requirements-flower.txt >$(FLOWER)/install.log 2>&1; then \
+	  printf '%s\n' "$(CURDIR)" "$$($(BIN)/$(SITE))" >"$$($(FLOWER)/bin/$(SITE))/venv.pth" && touch $@; \
+	else \
+	  echo "The Flower tests are left out: Flower cannot be installed here, see $(FLOWER)/install.log" >&2; \
+	fi
 
 lint: setup
 	$(BIN)/ruff format --check .

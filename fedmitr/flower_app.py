@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from shlex import split
 from typing import Any, NamedTuple
@@ -232,8 +232,11 @@ def collect(grid: Grid, order: Order, config: Mapping[str, Any]) -> list[Upload]
     shape, clients = order.shape, order.settings.partition.clients
     nodes = wait_for_nodes(grid, clients, config["wait"])
     messages = [Message(order.pack(), node, "train", ttl=float(config["timeout"])) for node in nodes]
-    replies = list(grid.send_and_receive(messages, timeout=config["timeout"])) if messages else []
-    for node in sorted(set(nodes) - {reply.metadata.src_node_id for reply in replies}):
+    answers = list(grid.send_and_receive(messages, timeout=config["timeout"])) if messages else []
+    # By the message that it answers: for a node that is gone, Flower itself answers and is the sender.
+    asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+    replies = {asked[answer.metadata.reply_to_message_id]: answer for answer in answers}
+    for node in sorted(set(nodes) - set(replies)):
         say(f"node {node} did not answer in {config['timeout']} s")
     uploads = accept(replies, order, shape)
     missing = sorted(set(range(clients)) - {upload.client for upload in uploads})
@@ -253,15 +256,14 @@ def wait_for_nodes(grid: Grid, clients: int, seconds: float) -> list[int]:
     return nodes
 
 
-def accept(replies: Iterable[Message], order: Order, shape: ModelShape) -> list[Upload]:
-    """The usable uploads by client number, in whatever order they came; says of each other what is wrong.
+def accept(replies: Mapping[int, Message], order: Order, shape: ModelShape) -> list[Upload]:
+    """The usable uploads by client number, of the replies by node; says of each other what is wrong.
 
     Where two nodes send for one client neither can be told to be the true one, so both are left out.
     """
     uploads, clients = [], order.settings.partition.clients
     counted = asks_counts(order.settings, order.method)
-    for reply in sorted(replies, key=lambda r: r.metadata.src_node_id):
-        node = reply.metadata.src_node_id
+    for node, reply in sorted(replies.items()):
         if reply.has_error():
             say(f"node {node}: {next(iter((reply.error.reason or 'failed').splitlines()), 'failed')}")
             continue

@@ -1,15 +1,15 @@
 """flower_app.py: the message, the server before a grid that needs no network, and real processes."""
 
 import contextlib
+import importlib.metadata
 import os
-import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -19,13 +19,16 @@ pytest.importorskip("flwr")
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
 from flwr.app import Array, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_res_message as unavailable
 from flwr.supercore.task_identity import TaskIdentity
+from packaging.requirements import Requirement
 from test_cli import SMALL
 
 import fedmitr as fm
 from fedmitr.errors import BadInput
 from fedmitr.flower_app import DEFAULTS, REFUSED, Order, accept, client_app, local_upload, pack, serve, unpack
 from fedmitr.methods import METHODS
+from fedmitr.metrics import accuracy
 from fedmitr.settings import build, parse_assignment
 
 if sys.version_info >= (3, 11):
@@ -41,11 +44,13 @@ SET = " ".join(f"{name}={value}".replace(" ", "") for name, value in GIVEN.items
 class Loopback:
     """A grid whose nodes are functions of this process: node k runs the client app with its node config.
 
-    silent nodes never answer; spoil(node, reply) may change a reply; last comes first where reverse.
+    silent nodes never answer, for lost ones Flower does; spoil(node, reply) may change a reply; last comes
+    first where reverse.
     """
 
-    def __init__(self, configs, silent=(), spoil=None, reverse=False):
-        self.configs, self.silent, self.spoil, self.reverse = configs, silent, spoil, reverse
+    def __init__(self, configs, silent=(), lost=(), spoil=None, reverse=False):
+        self.configs, self.silent, self.lost = configs, silent, lost
+        self.spoil, self.reverse = spoil, reverse
         self.sent, self.replies = [], []
 
     def get_node_ids(self):
@@ -55,7 +60,11 @@ class Loopback:
         for message in messages:
             self.sent.append(message)
             node = message.metadata.dst_node_id
+            message.metadata.__dict__["_message_id"] = f"to {node}"  # as Flower's own grids do
             if node in self.silent:
+                continue
+            if node in self.lost:
+                self.replies.append(unavailable(message.metadata, "node_unavail"))
                 continue
             reply = client_app(message, Context(1, node, self.configs[node], RecordDict(), {}))
             self.replies.append(self.spoil(node, reply) if self.spoil else reply)
@@ -200,14 +209,16 @@ def test_the_class_histogram_crosses_only_where_it_is_needed(method, counted, no
     assert [("class_counts" in reply.content["card"]) for reply in grid.replies] == [counted] * 3
 
 
-def test_without_one_node_the_others_go_on(nodes, experiment, config, capfd):
-    silent = next(node for node, held in nodes.items() if held["partition-id"] == 1)
-    outcome = serve(Loopback(nodes, silent={silent}), config | {"method": "fedavg", "timeout": 5})
+@pytest.mark.parametrize("how, word", [("silent", "did not answer in 5 s\n"), ("lost", "Node Unavailable")])
+def test_without_one_node_the_others_go_on(how, word, nodes, experiment, config, capfd):
+    node = next(node for node, held in nodes.items() if held["partition-id"] == 1)
+    outcome = serve(Loopback(nodes, **{how: {node}}), config | {"method": "fedavg", "timeout": 5})
     left = [experiment.uploads[k] for k in (0, 2)]
     expected = METHODS["fedavg"](left, experiment.settings, experiment.store).models[0]
     assert same_weights(outcome.models[0].state_dict(), expected.state_dict())
     told = capfd.readouterr().err
-    assert f"node {silent} did not answer in 5 s\n" in told
+    (line,) = [line for line in told.splitlines(keepends=True) if line.startswith("fedmitr: node")]
+    assert str(node) in line and word in line
     assert "2 of 3 clients sent a usable upload; missing: 1\n" in told
 
 
@@ -249,13 +260,14 @@ def test_uploads_that_the_settings_do_not_ask_for_are_rejected(change, word, upl
     card(**change)(content)
     ask = Message(RecordDict(), 7, "train")
     order = Order("fedmitr", experiment.settings, ())
-    assert accept([Message(content, reply_to=ask)], order, uploads[1].shape) == []
+    assert accept({7: Message(content, reply_to=ask)}, order, uploads[1].shape) == []
     assert word in capfd.readouterr().err
 
 
 def test_an_error_without_a_reason_is_one_line(uploads, experiment, capfd):
     ask = Message(RecordDict(), 7, "train")
-    replies = [Message(Error(0, reason), reply_to=ask) for reason in (None, "", "first\nsecond")]
+    reasons = (None, "", "first\nsecond")
+    replies = {node: Message(Error(0, reason), reply_to=ask) for node, reason in enumerate(reasons)}
     assert accept(replies, Order("fedmitr", experiment.settings, ()), uploads[0].shape) == []
     assert len(capfd.readouterr().err.splitlines()) == 3
 
@@ -365,6 +377,20 @@ except fedmitr.BadInput as error:
     assert len(done.stdout.splitlines()) == 1 and "fedmitr[flower]" in done.stdout
 
 
+def test_flower_has_all_that_it_asks_for():
+    """requirements-flower.txt is installed without dependencies: the others come from requirements.txt."""
+    (asked,) = (r for r in importlib.metadata.requires("fedmitr") if "flower" in r)
+    needs, told = [Requirement(asked)], set()
+    for need in needs:
+        assert need.specifier.contains(importlib.metadata.version(need.name)), need
+        for line in set(importlib.metadata.requires(need.name) or ()) - told:
+            below = Requirement(line)
+            extras = need.extras or {""}
+            if not below.marker or any(below.marker.evaluate({"extra": extra}) for extra in extras):
+                told.add(line)
+                needs.append(below)
+
+
 # Real processes on this machine.
 
 
@@ -374,45 +400,41 @@ def free_port():
         return probe.getsockname()[1]
 
 
-@pytest.fixture
-def start(tmp_path):
+@pytest.fixture(scope="module")
+def start(folder):
     """start(name, *words): a process whose output goes to NAME.log; all are ended, with what they started."""
     scripts = Path(sys.executable).parent
     running = []
     environment = os.environ | {
         "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "FLWR_HOME": str(tmp_path / "flwr"),
+        "FLWR_HOME": str(folder / "flwr"),
         "FLWR_DISABLE_UPDATE_CHECK": "1",
     }
 
     def begin(name, *words):
-        if not (command := shutil.which(words[0], path=environment["PATH"])):
-            pytest.skip(f"{words[0]} is not installed")
-        with (tmp_path / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen(
-                [command, *words[1:]], stdout=log, stderr=log, env=environment, start_new_session=True
+        with (folder / f"{name}.log").open("wb") as log:
+            running.append(
+                subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
             )
-        running.append(process)
-        return process
+        return running[-1]
 
     yield begin
-    # Flower's processes start others in sessions of their own, so they are found by their parents.
-    for pid in descendants([process.pid for process in running]):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    for process in running:
+    kill(*running)
+
+
+def kill(*processes):
+    """SIGKILL for these and for all that they started, which Flower puts into sessions of their own."""
+    found = [psutil.Process(process.pid) for process in processes if process.poll() is None]
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.suspend()  # what is stopped starts nothing more
+            found += process.children()
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    for process in processes:
         process.wait(10)
-
-
-def descendants(parents):
-    """The numbers of these processes and of all that they started."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout
-    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
-    found = list(parents)
-    for parent in found:
-        found += [pid for pid, above in pairs if above == parent and pid not in found]
-    return found
 
 
 def listens(port):
@@ -427,24 +449,87 @@ def wait_until(true, seconds):
     return done
 
 
-@pytest.mark.skipif(not shutil.which("ps"), reason="processes cannot be listed")
-def test_real_processes_make_the_model_of_a_run(start, experiment, tmp_path):
-    port, out = free_port(), tmp_path / "global.safetensors"
-    (tmp_path / "flwr").mkdir()
-    (tmp_path / "flwr" / "config.toml").write_text(
-        f'[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-    )
-    link = ["--insecure", "--host", "127.0.0.1", "--port", str(port)]
-    link = start("superlink", "flower-superlink", *link, "--disable-runtime-dependency-installation")
-    if not wait_until(lambda: listens(port) or link.poll() is not None, 30) or link.poll() is not None:
-        pytest.skip("flower-superlink does not start here")
-    for k in range(3):
-        node = f'partition-id={k} num-partitions=3 store="{tmp_path / f"store{k}"}"'
-        words = ["--superlink", f"127.0.0.1:{port}", "--port", str(free_port()), "--node-config", node]
-        start(f"supernode{k}", "flower-supernode", "--insecure", *words)
-    given = f'profile="smoke" seed=3 wait=30 timeout=60 set="{SET}" out="{out}" store="{tmp_path / "server"}"'
-    start("run", "flwr", "run", str(ROOT / "flower"), "here", "--stream", "--run-config", given)
-    done = wait_until(lambda: "global model of" in (tmp_path / "run.log").read_text(errors="replace"), 85)
-    assert done, "\n".join(p.read_text(errors="replace")[-2000:] for p in tmp_path.glob("*.log"))
+# `flower-supernode` with Flower's shortest heartbeat: a node that is gone is noticed in 20 s instead of 60.
+SUPERNODE = """
+from flwr.common.constant import HEARTBEAT_MIN_INTERVAL
+from flwr.supercore import heartbeat
+from flwr.supernode import cli, fleet_http_connection
+
+heartbeat.HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT_MIN_INTERVAL
+fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT_MIN_INTERVAL
+cli.flower_supernode()
+"""
+
+
+class Cluster:
+    """A SuperLink and one SuperNode for each of five clients, every one a process of this machine."""
+
+    def __init__(self, start, folder):
+        self.start, self.folder = start, folder
+        port = free_port()
+        (folder / "flwr").mkdir()
+        (folder / "flwr" / "config.toml").write_text(
+            f'[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+        )
+        link = ["--insecure", "--host", "127.0.0.1", "--port", str(port)]
+        link = start("superlink", "flower-superlink", *link, "--disable-runtime-dependency-installation")
+        wait_until(lambda: listens(port) or link.poll() is not None, 60)
+        assert link.poll() is None, self.log("superlink")
+        self.nodes = [self.node(k, port) for k in range(5)]
+
+    def node(self, k, port):
+        given = f'partition-id={k} num-partitions=5 store="{self.folder / f"node{k}"}"'
+        words = ["--superlink", f"127.0.0.1:{port}", "--port", str(free_port()), "--node-config", given]
+        return self.start(f"node{k}", sys.executable, "-c", SUPERNODE, "--insecure", *words)
+
+    def run(self, name, seed):
+        """Starts a run; its model will be NAME.safetensors."""
+        given = f'profile="smoke" seed={seed} set="{SET} partition.clients=5" wait=60 timeout=120'
+        given += f' out="{self.folder / name}.safetensors" store="{self.folder / "server"}"'
+        self.start(name, "flwr", "run", str(ROOT / "flower"), "here", "--stream", "--run-config", given)
+
+    def log(self, name):
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    def wait_for(self, name, words, times=1):
+        """Until words stand that many times in NAME's log; all logs where they do not."""
+        if not wait_until(lambda: self.log(name).count(words) >= times, 180):
+            pytest.fail("\n".join(self.log(path.stem)[-2000:] for path in self.folder.glob("*.log")))
+
+
+@pytest.fixture(scope="module")
+def cluster(start, folder):
+    return Cluster(start, folder)
+
+
+def five(seed, folder):
+    """The same five clients as `fedmitr run` has them."""
+    given = dict(map(parse_assignment, SET.split())) | {"seed": seed, "partition.clients": 5}
+    return fm.Experiment(fm.Settings.load("smoke", given), folder / "run")
+
+
+def test_five_real_processes_make_the_model_of_a_run(cluster, folder):
+    cluster.run("five", seed=3)
+    cluster.wait_for("five", "global model of fedmitr")
+    assert "5 of 5 clients sent a usable upload\n" in cluster.log("five")
+    experiment = five(3, folder)
     (expected,) = experiment.outcome("fedmitr").models
-    assert same_weights(load_file(out), expected.state_dict())
+    assert same_weights(load_file(folder / "five.safetensors"), expected.state_dict())
+    run = fm.run("fedmitr", experiment.settings, folder / "run")
+    assert accuracy(expected, experiment.task.test) == run.accuracy
+
+
+def test_when_a_real_process_is_killed_the_others_go_on_and_say_so(cluster, folder):
+    works = "Start `flwr-clientapp` process"
+    before = cluster.log("node2").count(works)
+    cluster.run("four", seed=4)
+    cluster.wait_for("node2", works, before + 1)
+    kill(cluster.nodes[2])
+    cluster.wait_for("four", "global model of fedmitr")
+    told = cluster.log("four")
+    assert "Node Unavailable" in told
+    assert "4 of 5 clients sent a usable upload; missing: 2\n" in told
+    experiment = five(4, folder)
+    left = [experiment.uploads[k] for k in (0, 1, 3, 4)]
+    (expected,) = METHODS["fedmitr"](left, experiment.settings, experiment.store).models
+    assert same_weights(load_file(folder / "four.safetensors"), expected.state_dict())

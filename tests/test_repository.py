@@ -11,6 +11,7 @@ import nbformat
 import pytest
 import yaml
 from click.testing import CliRunner
+from packaging.requirements import Requirement
 
 import fedmitr as fm
 from fedmitr.cli import main
@@ -140,18 +141,34 @@ def test_the_conda_environment_installs_the_pins_and_the_package_itself():
 
 
 def targets():
-    return {m[1] for line in lines("Makefile") if (m := re.match(r"([a-z]+):", line))}
+    return {m[1] for line in lines("Makefile") if (m := re.match(r"([a-z-]+):", line))}
 
 
 def test_make_has_the_two_targets_that_outside_checks_call():
     assert {"setup", "test", "reproduce"} <= targets()
 
 
+def test_make_tells_of_every_target():
+    (phony,) = (line for line in lines("Makefile") if line.startswith(".PHONY:"))
+    assert set(phony.split()[1:]) == targets()
+    (told,) = (line for line in lines("Makefile") if "make setup |" in line)
+    assert targets() - {"help"} <= set(re.findall(r"[a-z-]+", told))
+
+
+def test_flower_is_pinned_as_the_extra_asks_and_its_tests_are_part_of_every_check():
+    pins = dict(line.split("==") for line in lines("requirements-flower.txt") if line[:1] not in ("", "#"))
+    (asked,) = (r for r in importlib.metadata.requires("fedmitr") if "flower" in r)
+    assert Requirement(asked).specifier.contains(pins["flwr"])
+    assert not {"torch", "numpy"} & set(pins)  # those of requirements.txt
+    recipe = (ROOT / "Makefile").read_text().split("\ntest: ")[1].split("\n\n")[0]
+    assert "$(MAKE) --no-print-directory test-flower" in recipe
+
+
 def test_the_readme_names_only_commands_that_exist():
     text = (ROOT / "README.md").read_text()
     spans = re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL)
     words = "\n".join(spans)
-    called = set(re.findall(r"(?:^|[\s`;&])make ([a-z]+)", words))
+    called = set(re.findall(r"(?:^|[\s`;&])make ([a-z-]+)", words))
     assert called <= targets(), called - targets()
     commands = set(re.findall(r"(?<!import )(?<!from )\bfedmitr ([a-z]+)", words))
     assert commands <= set(main.commands), commands - set(main.commands)

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from shlex import split
 from typing import Any, NamedTuple
@@ -23,10 +23,10 @@ from .errors import BadInput
 from .methods import METHODS, Outcome
 from .parallel import jobs
 from .paths import default_store
-from .settings import Settings, build, parse_assignment
+from .settings import Settings, build, check_architectures, parse_assignment
 from .store import Store, check_writable, fingerprint, write_tensors
 from .upload import Card, ModelShape, Upload, asks_counts
-from .vit import create_vit, normalisation, shared_vit
+from .vit import client_vit, create_vit, normalisation, shared_vit
 
 try:
     from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
@@ -74,6 +74,7 @@ class Order(NamedTuple):
         settings = Settings.load(
             config["profile"], dict(map(parse_assignment, split(config["set"]))) | {"seed": seed}
         )
+        check_architectures(settings, [method])
         names = list(dict.fromkeys(name.strip() for name in config["classes"].split(",") if name.strip()))
         expected = TASKS[settings.task.name]
         if len(names) < 2 if expected is None else names and len(names) != expected:
@@ -89,7 +90,7 @@ class Order(NamedTuple):
 
     @property
     def shape(self) -> ModelShape:
-        """The shape that every upload must have; no weights are read for it."""
+        """The global model's shape; no weights are read for it."""
         model = self.settings.model
         return ModelShape.of(
             model.name, create_vit(model.name, self.num_classes, image_size=model.image_size)
@@ -117,8 +118,11 @@ def pack(upload: Upload) -> RecordDict:
     return RecordDict({"weights": ArrayRecord(upload.weights), "card": ConfigRecord(card | shape)})
 
 
-def unpack(content: RecordDict, node: int, shape: ModelShape) -> Upload:
-    """The upload in a message, checked; BadInput, one line, names the client, or else the node."""
+def unpack(content: RecordDict, node: int, shape_of: Callable[[int], ModelShape]) -> Upload:
+    """The upload in a message, checked; BadInput, one line, names the client, or else the node.
+
+    shape_of(client) is what its model's shape must be.
+    """
     who = f"upload of node {node}"
     card, weights = content.get("card"), content.get("weights")
     if len(content) != 2 or not isinstance(card, ConfigRecord) or not isinstance(weights, ArrayRecord):
@@ -132,7 +136,9 @@ def unpack(content: RecordDict, node: int, shape: ModelShape) -> Upload:
     except ValidationError as failure:
         error = failure.errors()[0]
         raise BadInput(f"{who}: card: {'.'.join(map(str, error['loc']))}: {error['msg']}") from None
-    if read.shape != shape:  # before a model is built that the server never asked for
+    if read.shape != (
+        shape := shape_of(read.client)
+    ):  # before a model is built that the server never asked for
         raise BadInput(f"{who}: its model is {read.shape}, allowed is {shape}")
     try:
         tensors = {name: torch.from_numpy(array.numpy()).contiguous() for name, array in weights.items()}
@@ -184,11 +190,12 @@ def local_upload(order: Order, node: Mapping[str, Any]) -> Upload:
         )
     experiment = Experiment(settings, node.get("store"))
     if folder := node.get("data-dir"):
-        vit = shared_vit(settings.model, order.num_classes)
-        shard = Split(*own_images(folder, order.classes, vit.patch_embed.img_size[0], normalisation(vit)))
-        upload = train_client(
-            vit, shard, settings.client, client=client, name=settings.model.name, seed=settings.seed
+        shared, model = shared_vit(settings.model, order.num_classes), settings.model_of(client)
+        shard = Split(
+            *own_images(folder, order.classes, shared.patch_embed.img_size[0], normalisation(shared))
         )
+        vit = shared if model == settings.model else client_vit(shared, model)
+        upload = train_client(vit, shard, settings.client, client=client, name=model.name, seed=settings.seed)
     else:
         upload = experiment.train(client)
     return upload if asks_counts(settings, order.method) else upload.without_counts()
@@ -259,16 +266,21 @@ def wait_for_nodes(grid: Grid, clients: int, seconds: float) -> list[int]:
 def accept(replies: Mapping[int, Message], order: Order, shape: ModelShape) -> list[Upload]:
     """The usable uploads by client number, of the replies by node; says of each other what is wrong.
 
+    shape is the global model's; a client's may differ from it by its name alone.
     Where two nodes send for one client neither can be told to be the true one, so both are left out.
     """
     uploads, clients = [], order.settings.partition.clients
     counted = asks_counts(order.settings, order.method)
+
+    def shape_of(client: int) -> ModelShape:
+        return shape.model_copy(update={"name": order.settings.model_of(client).name})
+
     for node, reply in sorted(replies.items()):
         if reply.has_error():
             say(f"node {node}: {next(iter((reply.error.reason or 'failed').splitlines()), 'failed')}")
             continue
         try:
-            upload = unpack(reply.content, node, shape)
+            upload = unpack(reply.content, node, shape_of)
             if upload.client >= clients:
                 raise BadInput(f"upload of client {upload.client}: allowed are 0 to {clients - 1}")
             if counted and upload.class_counts is None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 pytest.importorskip("flwr")
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
-from flwr.app import Array, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_res_message as unavailable
 from flwr.supercore.task_identity import TaskIdentity
 from packaging.requirements import Requirement
@@ -117,7 +117,7 @@ def same_weights(a, b):
 @pytest.mark.parametrize("counted", [True, False])
 def test_an_upload_survives_the_message_bit_for_bit(uploads, counted):
     upload = uploads[1] if counted else uploads[1].without_counts()
-    again = unpack(pack(upload), 7, upload.shape)
+    again = unpack(pack(upload), 7, lambda client: upload.shape)
     assert again.digest == upload.digest and again.card == upload.card
 
 
@@ -173,7 +173,7 @@ def test_a_malformed_upload_is_one_line_that_names_its_sender(case, uploads, one
     content = pack(uploads[1])
     spoil(content)
     with pytest.raises(BadInput) as error:
-        unpack(content, 7, uploads[1].shape)
+        unpack(content, 7, lambda client: uploads[1].shape)
     one_line(error.value, *words)
 
 
@@ -199,6 +199,28 @@ def test_the_global_model_is_that_of_a_run_bit_for_bit(method, reverse, nodes, e
     (kept,) = Path(config["store"], "received").iterdir()
     digests = [fm.Upload.load(kept / f"client{k}").digest for k in range(3)]
     assert digests == [u.digest for u in experiment.uploads]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_clients_with_models_of_their_own_give_the_model_of_a_run(swapped, nodes, config, capfd):
+    """And an upload of another architecture than its client's is refused, though some client has that one."""
+    mixed = SET + " client.models=[vit_micro_patch6,vit_micro] distill.start=initial"
+
+    def swap(node, reply):
+        if swapped and nodes[node]["partition-id"] == 1:
+            other = fm.create_vit("vit_micro_patch6", 10)
+            reply.content["weights"] = ArrayRecord(other.state_dict())
+            reply.content["card"]["shape.name"] = "vit_micro_patch6"
+        return reply
+
+    outcome = serve(Loopback(nodes, spoil=swap), config | {"set": mixed})
+    told = capfd.readouterr().err
+    if swapped:
+        assert "rejected: upload of client 1: its model is name='vit_micro_patch6'" in told
+        return
+    settings = fm.Settings.load("smoke", dict(map(parse_assignment, mixed.split())) | {"seed": 3})
+    (expected,) = fm.Experiment(settings, config["store"]).outcome("fedmitr").models
+    assert same_weights(outcome.models[0].state_dict(), expected.state_dict())
 
 
 @pytest.mark.parametrize("method, counted", [("fedavg", False), ("fedftg", True)])
@@ -260,7 +282,7 @@ def test_uploads_that_the_settings_do_not_ask_for_are_rejected(change, word, upl
     card(**change)(content)
     ask = Message(RecordDict(), 7, "train")
     order = Order("fedmitr", experiment.settings, ())
-    assert accept({7: Message(content, reply_to=ask)}, order, uploads[1].shape) == []
+    assert accept({7: Message(content, reply_to=ask)}, order, order.shape) == []
     assert word in capfd.readouterr().err
 
 
@@ -337,6 +359,9 @@ def test_clients_train_on_folders_of_their_own(pictures, config, capfd):
     small = SET + " task.name=image-folder partition.clients=2"
     serve(grid, config | {"method": "fedavg", "set": small, "classes": "cat, dog, fox"})
     assert [r.content["card"]["class_counts"] for r in grid.replies] == [[4, 4, 0], [0, 0, 4]]
+    assert load_file(config["out"])["head.bias"].shape == (3,)
+    mixed = small + " client.models=[vit_micro_deep] distill.start=initial"
+    serve(Loopback(nodes), config | {"set": mixed, "classes": "cat, dog, fox"})
     assert load_file(config["out"])["head.bias"].shape == (3,)
     told = capfd.readouterr().err
     assert "cat/broken.jpg cannot be read and is left out\n" in told and "2 of 2 clients" in told

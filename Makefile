@@ -3,6 +3,7 @@
 # make test        every check
 # make test-flower the Flower app's tests, in .venv-flower; part of make test
 # make results     the README's tables: every method on ten seeds at three skews, about an hour
+# make scale       notebook 09's table: up to 100 clients, and clients whose ViTs differ
 # make ablations   notebook 06's table: every cell of results/ablations.yaml on five seeds
 #
 # PYTHON=python3.12 picks the interpreter. On Linux, for the CPU build of torch:
@@ -20,13 +21,13 @@ FLOWER_STAMP := $(FLOWER)/.installed
 SITE := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-flower results ablations lint format weights clean
+.PHONY: help setup reproduce test test-flower results ablations scale lint format weights clean
 
 # A figure backend set for another program must not reach the notebooks.
 unexport MPLBACKEND
 
 help:
-	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | results | ablations | lint | format | weights | clean"
+	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | results | ablations | scale | lint | format | weights | clean"
 
 setup: $(STAMP)
 
@@ -80,9 +81,15 @@ results: setup
 ablations: setup
 	$(BIN)/fedmitr sweep --cells results/ablations.yaml --seeds 10-14 --out results/ablations.csv
 
-# Trains the shared initial model again.
+# Trains the shared initial model again, and the two for clients whose ViTs differ.
 weights: setup
-	$(BIN)/python -m fedmitr.pretrain
+	$(BIN)/python -m fedmitr.pretrain --model vit_micro
+	$(BIN)/python -m fedmitr.pretrain --model vit_micro_patch6 --steps 1800
+	$(BIN)/python -m fedmitr.pretrain --model vit_micro_deep --steps 1800
+
+# Notebook 09's table: up to 100 clients, and clients whose ViTs differ.
+scale: setup
+	$(BIN)/fedmitr sweep --cells results/scale.yaml --seeds 10-14 --out results/scale.csv
 
 clean:
 	rm -rf data/store notebooks/executed

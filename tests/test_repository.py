@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 import fedmitr as fm
 from fedmitr.cli import main
 from fedmitr.settings import PROFILES, defaults
+from fedmitr.vit import MICROS, letter_weights
 
 ROOT = Path(fm.__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -90,30 +91,36 @@ def test_every_profile_file_is_a_known_profile():
 # The shipped weights.
 
 
-@pytest.fixture(scope="module")
-def card():
-    rows = [line.split("|") for line in lines("data/vit_micro_letters.md") if line.startswith("| ")]
+def card_of(name):
+    rows = [line.split("|") for line in lines(f"data/{name}_letters.md") if line.startswith("| ")]
     return {row[1].strip(): row[2].strip() for row in rows if row[1].strip()}
 
 
-WEIGHTS = ROOT / "data" / "vit_micro_letters.safetensors"
-
-
-def test_the_weights_are_those_of_their_card(card):
-    assert hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() == card["sha256"]
-    assert WEIGHTS.stat().st_size == int(card["bytes"])
-    vit = fm.create_vit("vit_micro", 52, checkpoint=WEIGHTS)
+@pytest.mark.parametrize("name", MICROS)
+def test_the_weights_are_those_of_their_card(name):
+    card, weights = card_of(name), letter_weights(name)
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == card["sha256"]
+    assert weights.stat().st_size == int(card["bytes"])
+    vit = fm.create_vit(name, 52, checkpoint=weights)
     assert sum(p.numel() for p in vit.parameters()) == int(card["parameters"])
+    shape = ", ".join(f"{key}={value}" for key, value in MICROS[name].items())
+    assert card["model"] == f"{name}: {shape}"
     for part in ("training fonts", "held-out fonts"):
         assert 0.5 < float(card[f"accuracy, {part}"]) <= 1
 
 
-def test_the_shared_model_starts_from_the_shipped_weights():
-    shipped = fm.create_vit("vit_micro", 52, checkpoint=WEIGHTS).state_dict()
-    model = fm.create_vit("vit_micro", 10, pretrained=True).state_dict()
+@pytest.mark.parametrize("name", MICROS)
+def test_the_shared_model_starts_from_the_shipped_weights(name):
+    shipped = fm.create_vit(name, 52, checkpoint=letter_weights(name)).state_dict()
+    model = fm.create_vit(name, 10, pretrained=True).state_dict()
     for name, value in model.items():
         if not name.startswith("head"):
             assert value.equal(shipped[name]), name
+
+
+def test_all_weights_are_in_the_package():
+    wheel = [line.strip() for line in lines("pyproject.toml")]
+    assert all(f'"data/{name}_letters.safetensors",' in wheel for name in MICROS)
 
 
 # Environments and commands.

@@ -16,10 +16,9 @@ from .grids import Seen, regrid, regrid_importance, regrid_tokens
 from .pixels import Shape
 from .runtime import autocast, compiled, generator, uses_bf16
 from .upload import Upload, check_same_images
-from .vit import class_logits, cut_patches, forward_tokens, normalisation, patch_importance
+from .vit import MODELS_AT_ONCE, class_logits, cut_patches, forward_tokens, normalisation, patch_importance
 
 ON_LOGITS = ("mean_logits", "class")  # the other modes combine probabilities
-HELD = 10  # members whose activations one backward pass holds; of more, each is computed again when it comes
 
 
 class Ensemble(nn.Module):
@@ -65,7 +64,17 @@ class Ensemble(nn.Module):
 
     def logits(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Every client's class logits (K, B, C), not yet combined."""
-        return self._logits(*self.cut(images, keep))
+        few = len(images) if images.requires_grad else self._at_once(len(images))
+        starts = range(0, max(1, len(images)), few)
+        parts = [
+            self._logits(*self.cut(images[i : i + few], None if keep is None else keep[i : i + few]))
+            for i in starts
+        ]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def _at_once(self, count: int) -> int:
+        """Of `count` images how many to show to all members together: of many members fewer."""
+        return max(1, count * MODELS_AT_ONCE // max(MODELS_AT_ONCE, len(self.members)))
 
     def cut(self, images: Tensor, keep: Tensor | None = None) -> Seen:
         """The kept patches of images, as `vit.kept_patches` has them, on the ensemble's grid."""
@@ -86,8 +95,11 @@ class Ensemble(nn.Module):
         return torch.stack([logits.to(patches) for logits in each])
 
     def each(self, look: Callable[..., Tensor], patches: Tensor, position: Tensor) -> list[Tensor]:
-        """look(k, patches, position) of every member k; of many, activations are held of one at a time."""
-        if len(self.members) <= HELD or not patches.requires_grad:
+        """look(k, patches, position) of every member k.
+
+        Of many members a backward pass holds the activations of one, computed again when its turn comes.
+        """
+        if len(self.members) <= MODELS_AT_ONCE or not patches.requires_grad:
             return [look(k, patches, position) for k in range(len(self.members))]
         again = partial(checkpoint, look, use_reentrant=False, preserve_rng_state=False)
         return [again(k, patches, position) for k in range(len(self.members))]
@@ -117,7 +129,15 @@ class Ensemble(nn.Module):
         return of_cls, regrid_tokens(of_tokens, self.shapes[k], self.shape)
 
     def forward_tokens(self, images: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of CLS (B, C) and of every patch token (B, N, C): A^0 and A^i."""
+        """Log-probabilities of CLS (B, C) and of every patch token (B, N, C): A^0 and A^i.
+
+        Of many members fewer images at a time, so that their token logits (K, B, N, C) take no more room.
+        """
+        parts = [self._tokens(batch, temperature) for batch in images.split(self._at_once(len(images)))]
+        of_cls, of_tokens = map(torch.cat, zip(*parts, strict=True))
+        return of_cls, of_tokens
+
+    def _tokens(self, images: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         with autocast(self.precision):
             each = zip(*(self.tokens_of(k, images) for k in range(len(self.members))), strict=True)
         of_cls, of_tokens = (torch.stack(logits).to(images) for logits in each)

@@ -23,11 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .blocks import GeneratorSettings, InversionSettings, RivalSettings, TaskSettings
 from .distill import FIT_VIEWS
-from .ensemble import HELD
 from .inversion import remaining
 from .photos import list_folders, num_classes
 from .settings import WITHOUT_STUDENT, Settings, check_architectures
-from .vit import class_logits, create_vit
+from .vit import MODELS_AT_ONCE, class_logits, create_vit
 
 ADAM = 4  # copies of a model in training: weights, gradients, two moments
 FLOAT = 4  # bytes
@@ -199,7 +198,7 @@ def inversion(how: InversionSettings, costs: Costs, team: Team) -> Stage:
     owners = how.teacher == "owners"
     flops = sum(count * inversion_flops(c, how) for c, count in Counter(team).items())
     kept = [c.to_image.kept for c in team]
-    at_once = max(kept) if owners or len(team) > HELD else sum(kept)
+    at_once = max(kept) if owners or len(team) > MODELS_AT_ONCE else sum(kept)
     left = remaining(costs.patches, how.stop_ratio)
     return Stage(
         "inversion",
@@ -233,7 +232,7 @@ def images_of_rival(own: RivalSettings, settings: Settings, costs: Costs, team: 
     batch = getattr(own, "batch_size", settings.distill.batch_size)
     models = [*team, costs]  # the clients and the student
     kept = [c.to_image.kept for c in models]
-    at_once = max(kept) if len(team) > HELD else sum(kept)
+    at_once = max(kept) if len(team) > MODELS_AT_ONCE else sum(kept)
     return Stage(
         "generation",
         f"{own.rounds} rounds of {own.generator_steps} steps on {batch} images",

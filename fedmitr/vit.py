@@ -29,6 +29,7 @@ MICROS = {
     "vit_micro_patch6": VIT_MICRO | dict(patch_size=6),
     "vit_micro_deep": VIT_MICRO | dict(embed_dim=64, depth=6, num_heads=2),
 }
+MODELS_AT_ONCE = 10  # of more, less is held for each
 AT_ONCE = 256  # images in a batch that no gradient is taken of, where they are small:
 PATCHES_AT_ONCE = AT_ONCE * 64  # a batch holds no more patches than so many images of 32x32 cut by four
 
@@ -238,10 +239,13 @@ def grid_size(vit: VisionTransformer) -> tuple[int, int]:
 def images_at_once(model: nn.Module) -> int:
     """How many images to put through a model, or several in one, together where no gradient is wanted.
 
-    Memory grows with the patches: 256 images of 24x24 pixels cut by four, 83 of 224x224 cut by sixteen.
+    Memory grows with the patches: 256 images of 24x24 pixels cut by four, 83 of 224x224 cut by sixteen; and
+    with the answers where there are many models: of 100 a tenth as many images.
     """
-    most = max((m.num_patches for m in model.modules() if isinstance(m, PatchEmbed)), default=1)
-    return max(1, min(AT_ONCE, PATCHES_AT_ONCE // most))
+    counts = [m.num_patches for m in model.modules() if isinstance(m, PatchEmbed)] or [1]
+    return max(
+        1, min(AT_ONCE, PATCHES_AT_ONCE // max(counts)) * MODELS_AT_ONCE // max(MODELS_AT_ONCE, len(counts))
+    )
 
 
 def normalisation(vit: VisionTransformer) -> tuple[Tensor, Tensor]:

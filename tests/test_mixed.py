@@ -230,7 +230,7 @@ def test_a_plan_adds_up_the_clients_own_models():
 
 
 def test_many_members_give_the_same_gradients_with_less_held(images, monkeypatch):
-    """Above `HELD` members each forward is computed again in the backward pass, one at a time."""
+    """Above `MODELS_AT_ONCE` members each forward is computed again in the backward pass, one at a time."""
     many = fm.Ensemble([upload_of(k, NAMES[k % 3]) for k in range(4)], EnsembleSettings(mode="mean_probs"))
 
     def gradient():
@@ -242,7 +242,7 @@ def test_many_members_give_the_same_gradients_with_less_held(images, monkeypatch
         return torch.autograd.grad(loss, patches)[0], sum(kept)
 
     held, much = gradient()
-    monkeypatch.setattr(room, "HELD", 3)
+    monkeypatch.setattr(room, "MODELS_AT_ONCE", 3)
     again, little = gradient()
     assert torch.equal(held, again) and little < much / 20
 

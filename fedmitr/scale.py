@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import joblib
 import pandas as pd
 
 from .errors import BadInput
@@ -90,10 +91,9 @@ def strong_scaling(
 ) -> pd.DataFrame:
     """Seconds to invert the same batches with each number of workers, on this machine, now.
 
-    Uploads come from the store; the batches are inverted anew each time, `repeats` times in turn so that
-    every number of workers meets the same moments, and the fastest counts. Columns: workers, seconds,
-    "speed-up" against the first number. The first round starts the processes and is not counted. Raises
-    BadInput for fewer batches than workers.
+    Uploads come from the store; the batches are inverted anew each time, and of `repeats` times the fastest
+    counts, after one that starts the processes and does not. Columns: workers, seconds, "speed-up" against
+    the first number. Raises BadInput for fewer batches than workers.
     """
     batches = -(-settings.inversion.images // settings.inversion.batch_size)
     if batches < max(workers):
@@ -103,14 +103,19 @@ def strong_scaling(
         )
     uploads = Experiment(settings, store).uploads
     seconds: dict[int, list[float]] = {count: [] for count in workers}
-    for _ in range(repeats + 1):
-        for count in workers:
+    for count in workers:
+        for _ in range(repeats + 1):
             with tempfile.TemporaryDirectory() as folder, processes(count):
                 start = time.perf_counter()
                 synthetic_set(uploads, settings, Store(folder))
                 seconds[count].append(time.perf_counter() - start)
     table = pd.DataFrame({"workers": workers, "seconds": [min(seconds[count][1:]) for count in workers]})
     return table.assign(**{"speed-up": table["seconds"].iloc[0] / table["seconds"]})
+
+
+def worker_counts(most: int = 8) -> list[int]:
+    """1, 2, 4, …: as many processes as this machine has cores for."""
+    return [count for count in (1, 2, 4, 8) if count <= min(most, joblib.cpu_count())]
 
 
 @contextmanager

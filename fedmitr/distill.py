@@ -19,7 +19,7 @@ from .optim import make_optimizer, make_schedule
 from .relabel import background_labels, soft_token_labels, tempered, token_targets
 from .runtime import autocast, generator
 from .scenes import texture
-from .vit import forward_tokens, grid_size, image_logits, images_at_once, normalisation
+from .vit import forward_tokens, grid_size, image_logits, images_at_once, images_in_training, normalisation
 
 FIT_VIEWS = 4  # views of each image that calibration sees
 Batch = tuple[Tensor, ...]
@@ -124,9 +124,8 @@ def train_student(
     """
     student.train().requires_grad_(True)
     for images, teacher, labels, tokens in batches:
-        loss = distill_loss(student, images, teacher, labels, tokens, settings, relabel)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        take_gradients(student, (images, teacher, labels, tokens), settings, relabel)
         clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -138,6 +137,22 @@ def train_student(
             "allowed is a lower rate"
         )
     return student.eval()
+
+
+def take_gradients(
+    student: VisionTransformer, batch: Batch, settings: DistillSettings, relabel: RelabelSettings
+) -> None:
+    """Add the gradients of the batch's loss, a mean over images, with few large images held at a time.
+
+    A GPU, which is made for large batches, sees all at once.
+    """
+    count, few = len(batch[0]), len(batch[0])
+    if not batch[0].is_cuda:
+        few = images_in_training(student)
+    for first in range(0, count, few):
+        part = [None if column is None else column[first : first + few] for column in batch]
+        share = len(part[0]) / count
+        (share * distill_loss(student, *part, settings, relabel)).backward()
 
 
 def distill_loss(

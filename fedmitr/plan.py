@@ -3,7 +3,8 @@
 Everything here is computed, nothing is measured. Operations are those that torch counts in the model's own
 forward and backward passes on the `meta` device, which has shapes and no numbers; a stage's are those of its
 models, without views, optimisers and copies. Memory is that of float32 and of attention as plain matrix
-products: bfloat16 and fused attention need less.
+products: bfloat16 and fused attention need less, and so does a student on a CPU, where large images are taken
+few at a time.
 """
 
 import functools

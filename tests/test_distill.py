@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 import fedmitr as fm
 from fedmitr.augment import random_maps, warp, warp_mask
 from fedmitr.blocks import DistillSettings, EnsembleSettings, ModelSettings, RelabelSettings
-from fedmitr.distill import calibrated, distill, distill_loss, epochs, pixel_mask, random_textures, view
+from fedmitr.distill import (
+    calibrated,
+    distill,
+    distill_loss,
+    epochs,
+    pixel_mask,
+    random_textures,
+    take_gradients,
+    view,
+)
 from fedmitr.ensemble import fit_offset
 from fedmitr.relabel import soft_token_labels
 from fedmitr.runtime import generator
@@ -409,3 +418,30 @@ def test_the_student_is_taught_by_the_calibrated_ensemble(uploads, synthetic, mo
     fm.distill(student, ensemble, synthetic, settings, RelabelSettings(), seed=0)
     assert teachers and all(bool(offset.any()) == bool(calibrate) for offset in teachers)
     assert not ensemble.offset.any()
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_a_batch_taken_in_parts_has_the_gradients_of_the_whole(tokens, micro, images, monkeypatch):
+    """Seven images, three at a time: the parts weigh what they hold, and no more is held at once."""
+    rng = generator(0)
+    batch = [images.repeat(3, 1, 1, 1)[:7], torch.randn(7, 10, generator=rng).log_softmax(1)]
+    batch += [torch.arange(7), torch.rand(7, 36, 10, generator=rng).softmax(-1) if tokens else None]
+    settings = DistillSettings(ce_weight=0.5, token_weight=0.3, temperature=2.0)
+    relabel = RelabelSettings(mode="relabel" if tokens else "none")
+    student = copy.deepcopy(micro).requires_grad_(True)
+    distill_loss(student, *batch, settings, relabel).backward()
+    wanted = [p.grad.clone() for p in student.parameters()]
+    student.zero_grad()
+    seen = []
+    monkeypatch.setattr("fedmitr.vit.PATCHES_IN_TRAINING", 3 * 36)
+    real = distill_loss
+
+    def record(student, images, *rest):
+        seen.append(len(images))
+        return real(student, images, *rest)
+
+    monkeypatch.setattr("fedmitr.distill.distill_loss", record)
+    take_gradients(student, tuple(batch), settings, relabel)
+    assert seen == [3, 3, 1]
+    for parameter, value in zip(student.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, value, rtol=1e-3, atol=1e-6)

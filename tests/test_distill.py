@@ -321,7 +321,7 @@ def test_every_image_is_learnt_equally_often(teacher, synthetic, monkeypatch, vi
         seen.extend(zip(images, labels.tolist(), strict=True))
         return distill_loss(learner, images, teacher, labels, tokens, *how)
 
-    monkeypatch.setattr(importlib.import_module("fedmitr.distill"), "distill_loss", record)
+    monkeypatch.setattr(distill_module, "distill_loss", record)
     # two epochs of the ten images, or one of their two views
     learn(
         teacher, synthetic, DistillSettings(steps=4, batch_size=5, views=views, augment=0, background="keep")
@@ -440,7 +440,7 @@ def test_a_batch_taken_in_parts_has_the_gradients_of_the_whole(tokens, micro, im
         seen.append(len(images))
         return real(student, images, *rest)
 
-    monkeypatch.setattr("fedmitr.distill.distill_loss", record)
+    monkeypatch.setattr(distill_module, "distill_loss", record)
     take_gradients(student, tuple(batch), settings, relabel)
     assert seen == [3, 3, 1]
     for parameter, value in zip(student.parameters(), wanted, strict=True):

@@ -247,6 +247,20 @@ def test_many_members_give_the_same_gradients_with_less_held(images, monkeypatch
     assert torch.equal(held, again) and little < much / 20
 
 
+def test_many_members_see_few_images_at_a_time_and_answer_the_same(together, monkeypatch):
+    images = torch.randn(7, 1, 24, 24, generator=torch.Generator().manual_seed(4))
+    keep = torch.arange(7)[:, None] + torch.arange(5)[None]
+    wanted = together.logits(images), together.logits(images, keep), *together.forward_tokens(images)
+    sizes = []
+    for member in together.members:
+        member.norm.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    monkeypatch.setattr(room, "MODELS_AT_ONCE", 1)
+    found = together.logits(images), together.logits(images, keep), *together.forward_tokens(images)
+    assert set(sizes) == {2, 1}  # a third of seven
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_an_ensemble_takes_no_room_beyond_its_uploads(different):
     for upload, member in zip(different, fm.Ensemble(different).members, strict=True):
         own = {name: value.data_ptr() for name, value in member.state_dict().items()}

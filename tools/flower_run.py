@@ -22,7 +22,7 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 import click
 import pandas as pd
 import torch
-from flower_processes import cluster, wait_until
+from flower_processes import cluster
 from torch import Tensor, nn
 
 import fedmitr as fm
@@ -48,10 +48,9 @@ def over_flower(
         start = time.perf_counter()
         flower.run("run", seed=settings.seed, **config)
         if kill:
-            # its store is made right before its data and its training
-            wait_until((folder / f"node{KILLED}").is_dir, DEFAULTS["wait"])
+            flower.wait_for(f"node{KILLED}", "client: ")  # its bar: it trains
             flower.kill(f"node{KILLED}")
-            say(f"client {KILLED} is killed; the server waits for its heartbeats")
+            say(f"client {KILLED} is killed while it trains; the server waits for its heartbeats")
         flower.wait_for("run", "global model of", seconds=DEFAULTS["timeout"])
         seconds = time.perf_counter() - start
     (received,) = (folder / "server" / "received").iterdir()
@@ -116,6 +115,8 @@ def say(line: str) -> None:
 def main(profile: str, seed: int, method: str) -> None:
     """Write results/flower.csv."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C: all that was started is ended
+    for quiet in ("TQDM_DISABLE", "FEDMITR_STATIC"):  # a client's bar tells that it trains
+        os.environ.pop(quiet, None)
     settings = fm.Settings.load(profile, {"seed": seed})
     with tempfile.TemporaryDirectory() as store:
         experiment = fm.Experiment(settings, store)

@@ -2,6 +2,7 @@
 # make reproduce   every notebook, figure and table (PROFILE=smoke|laptop|gpu|paper)
 # make test        every check
 # make test-flower the Flower app's tests, in .venv-flower; part of make test
+# make flower      results/flower.csv: a run over Flower's real processes, and one with a client killed
 # make results     the README's tables: every method on ten seeds at three skews, about an hour
 # make scale       notebook 09's table: up to 100 clients, and clients whose ViTs differ
 # make ablations   notebook 06's table: every cell of results/ablations.yaml on five seeds
@@ -21,13 +22,13 @@ FLOWER_STAMP := $(FLOWER)/.installed
 SITE := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-flower results ablations scale lint format weights clean
+.PHONY: help setup reproduce test test-flower flower results ablations scale lint format weights clean
 
 # A figure backend set for another program must not reach the notebooks.
 unexport MPLBACKEND
 
 help:
-	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | results | ablations | scale | lint | format | weights | clean"
+	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | flower | results | ablations | scale | lint | format | weights | clean"
 
 setup: $(STAMP)
 
@@ -52,6 +53,10 @@ test: lint
 # Left out, in one line, only where Flower cannot be installed: whatever fails after that is a failure.
 test-flower: $(FLOWER_STAMP)
 	@test ! -e $(FLOWER_STAMP) || $(FLOWER)/bin/python -m pytest tests/test_flower.py
+
+flower: $(FLOWER_STAMP)
+	@test -e $(FLOWER_STAMP)
+	$(FLOWER)/bin/python tools/flower_run.py
 
 # Flower's pins contradict requirements.txt, so it has an environment of its own: its packages first, then
 # fedmitr and all that $(VENV) has, torch among them.

@@ -1,15 +1,11 @@
 """flower_app.py: the message, the server before a grid that needs no network, and real processes."""
 
-import contextlib
 import importlib.metadata
 import os
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +14,8 @@ from safetensors.torch import load_file
 pytest.importorskip("flwr")
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
+from flower_processes import cluster
+from flower_run import same_weights
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_res_message as unavailable
 from flwr.supercore.task_identity import TaskIdentity
@@ -105,10 +103,6 @@ def config(tmp_path):
     """The run config; the server's store is new in every test."""
     here = {"out": str(tmp_path / "global.safetensors"), "store": str(tmp_path / "store"), "wait": 0}
     return here | {"profile": "smoke", "seed": 3, "set": SET}
-
-
-def same_weights(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # The message.
@@ -419,112 +413,14 @@ def test_flower_has_all_that_it_asks_for():
 # Real processes on this machine.
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
-def start(folder):
-    """start(name, *words): a process whose output goes to NAME.log; all are ended, with what they started."""
-    scripts = Path(sys.executable).parent
-    running = []
-    environment = os.environ | {
-        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "FLWR_HOME": str(folder / "flwr"),
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-    }
-
-    def begin(name, *words):
-        with (folder / f"{name}.log").open("wb") as log:
-            running.append(
-                subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
-            )
-        return running[-1]
-
-    yield begin
-    kill(*running)
+def five_nodes(folder):
+    with cluster(folder, 5) as made:
+        yield made
 
 
-def kill(*processes):
-    """SIGKILL for these and for all that they started, which Flower puts into sessions of their own."""
-    found = [psutil.Process(process.pid) for process in processes if process.poll() is None]
-    for process in found:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.suspend()  # what is stopped starts nothing more
-            found += process.children()
-    for process in found:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    for process in processes:
-        process.wait(10)
-
-
-def listens(port):
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_until(true, seconds):
-    end = time.monotonic() + seconds
-    while not (done := true()) and time.monotonic() < end:
-        time.sleep(0.2)
-    return done
-
-
-# `flower-supernode` with Flower's shortest heartbeat: a node that is gone is noticed in 20 s instead of 60.
-SUPERNODE = """
-from flwr.common.constant import HEARTBEAT_MIN_INTERVAL
-from flwr.supercore import heartbeat
-from flwr.supernode import cli, fleet_http_connection
-
-heartbeat.HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT_MIN_INTERVAL
-fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT_MIN_INTERVAL
-cli.flower_supernode()
-"""
-
-
-class Cluster:
-    """A SuperLink and one SuperNode for each of five clients, every one a process of this machine."""
-
-    def __init__(self, start, folder):
-        self.start, self.folder = start, folder
-        port = free_port()
-        (folder / "flwr").mkdir()
-        (folder / "flwr" / "config.toml").write_text(
-            f'[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-        )
-        link = ["--insecure", "--host", "127.0.0.1", "--port", str(port)]
-        link = start("superlink", "flower-superlink", *link, "--disable-runtime-dependency-installation")
-        wait_until(lambda: listens(port) or link.poll() is not None, 60)
-        assert link.poll() is None, self.log("superlink")
-        self.nodes = [self.node(k, port) for k in range(5)]
-
-    def node(self, k, port):
-        given = f'partition-id={k} num-partitions=5 store="{self.folder / f"node{k}"}"'
-        words = ["--superlink", f"127.0.0.1:{port}", "--port", str(free_port()), "--node-config", given]
-        return self.start(f"node{k}", sys.executable, "-c", SUPERNODE, "--insecure", *words)
-
-    def run(self, name, seed):
-        """Starts a run; its model will be NAME.safetensors."""
-        given = f'profile="smoke" seed={seed} set="{SET} partition.clients=5" wait=60 timeout=120'
-        given += f' out="{self.folder / name}.safetensors" store="{self.folder / "server"}"'
-        self.start(name, "flwr", "run", str(ROOT / "flower"), "here", "--stream", "--run-config", given)
-
-    def log(self, name):
-        return (self.folder / f"{name}.log").read_text(errors="replace")
-
-    def wait_for(self, name, words, times=1):
-        """Until words stand that many times in NAME's log; all logs where they do not."""
-        if not wait_until(lambda: self.log(name).count(words) >= times, 180):
-            pytest.fail("\n".join(self.log(path.stem)[-2000:] for path in self.folder.glob("*.log")))
-
-
-@pytest.fixture(scope="module")
-def cluster(start, folder):
-    return Cluster(start, folder)
+def start(nodes, name, seed):
+    nodes.run(name, profile="smoke", seed=seed, set=f"{SET} partition.clients=5", timeout=120)
 
 
 def five(seed, folder):
@@ -533,10 +429,10 @@ def five(seed, folder):
     return fm.Experiment(fm.Settings.load("smoke", given), folder / "run")
 
 
-def test_five_real_processes_make_the_model_of_a_run(cluster, folder):
-    cluster.run("five", seed=3)
-    cluster.wait_for("five", "global model of fedmitr")
-    assert "5 of 5 clients sent a usable upload\n" in cluster.log("five")
+def test_five_real_processes_make_the_model_of_a_run(five_nodes, folder):
+    start(five_nodes, "five", seed=3)
+    five_nodes.wait_for("five", "global model of fedmitr")
+    assert "5 of 5 clients sent a usable upload\n" in five_nodes.log("five")
     experiment = five(3, folder)
     (expected,) = experiment.outcome("fedmitr").models
     assert same_weights(load_file(folder / "five.safetensors"), expected.state_dict())
@@ -544,14 +440,14 @@ def test_five_real_processes_make_the_model_of_a_run(cluster, folder):
     assert accuracy(expected, experiment.task.test) == run.accuracy
 
 
-def test_when_a_real_process_is_killed_the_others_go_on_and_say_so(cluster, folder):
+def test_when_a_real_process_is_killed_the_others_go_on_and_say_so(five_nodes, folder):
     works = "Start `flwr-clientapp` process"
-    before = cluster.log("node2").count(works)
-    cluster.run("four", seed=4)
-    cluster.wait_for("node2", works, before + 1)
-    kill(cluster.nodes[2])
-    cluster.wait_for("four", "global model of fedmitr")
-    told = cluster.log("four")
+    before = five_nodes.log("node2").count(works)
+    start(five_nodes, "four", seed=4)
+    five_nodes.wait_for("node2", works, before + 1)
+    five_nodes.kill("node2")
+    five_nodes.wait_for("four", "global model of fedmitr")
+    told = five_nodes.log("four")
     assert "Node Unavailable" in told
     assert "4 of 5 clients sent a usable upload; missing: 2\n" in told
     experiment = five(4, folder)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -170,6 +171,14 @@ def test_flower_is_pinned_as_the_extra_asks_and_its_tests_are_part_of_every_chec
     assert not {"torch", "numpy"} & set(pins)  # those of requirements.txt
     recipe = (ROOT / "Makefile").read_text().split("\ntest: ")[1].split("\n\n")[0]
     assert "$(MAKE) --no-print-directory test-flower" in recipe
+
+
+def test_the_shipped_runs_over_flower_gave_the_models_of_a_run():
+    table = pd.read_csv(ROOT / "results" / "flower.csv")
+    assert table["nodes"].tolist() == [5, 5] and table["killed"].tolist() == [0, 1]
+    assert table["usable_uploads"].tolist() == [5, 4] and table["missing_clients"].tolist() == ["none", "2"]
+    assert table["same_weights"].all()
+    assert table["accuracy_flower"].equals(table["accuracy_in_process"])
 
 
 def test_the_readme_names_only_commands_that_exist():

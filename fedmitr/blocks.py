@@ -103,7 +103,9 @@ class ClientSettings(Block):
     """Local training."""
 
     models: tuple[str, ...] = setting(
-        (), "the clients' models, names as model.name, dealt out in turn; none: model.name for all"
+        (),
+        "the clients' models, names as model.name, dealt out in turn; none: model.name for all. Others need "
+        "distill.start=initial, and do not start from model.checkpoint",
     )
     epochs: Count = setting(15, "passes over the shard")
     batch_size: Count = setting(32, "images a step")

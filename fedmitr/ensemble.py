@@ -16,7 +16,15 @@ from .grids import Seen, regrid, regrid_importance, regrid_tokens
 from .pixels import Shape
 from .runtime import autocast, compiled, generator, uses_bf16
 from .upload import Upload, check_same_images
-from .vit import MODELS_AT_ONCE, class_logits, cut_patches, forward_tokens, normalisation, patch_importance
+from .vit import (
+    MODELS_AT_ONCE,
+    class_logits,
+    cut_patches,
+    forward_tokens,
+    images_at_once,
+    normalisation,
+    patch_importance,
+)
 
 ON_LOGITS = ("mean_logits", "class")  # the other modes combine probabilities
 
@@ -45,7 +53,7 @@ class Ensemble(nn.Module):
         settings = settings or EnsembleSettings()
         self.mode, self.precision = settings.mode, settings.precision
         self.class_logits = compiled(class_logits) if settings.compile else class_logits
-        self.members = nn.ModuleList(u.vit() for u in uploads)
+        self.members = nn.ModuleList(u.vit(share=True) for u in uploads)
         self.shapes = [Shape.of(m) for m in self.members]
         self.shape = Shape.of(like) if like else self.shapes[0]
         self.stats = normalisation(like or self.members[0])  # of the pixels that are shown to it
@@ -73,8 +81,8 @@ class Ensemble(nn.Module):
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def _at_once(self, count: int) -> int:
-        """Of `count` images how many to show to all members together: of many members fewer."""
-        return max(1, count * MODELS_AT_ONCE // max(MODELS_AT_ONCE, len(self.members)))
+        """Of `count` images how many to show to all members together: of many members few."""
+        return count if len(self.members) <= MODELS_AT_ONCE else min(count, images_at_once(self))
 
     def cut(self, images: Tensor, keep: Tensor | None = None) -> Seen:
         """The kept patches of images, as `vit.kept_patches` has them, on the ensemble's grid."""
@@ -163,11 +171,17 @@ class Ensemble(nn.Module):
     def drawn(self, per_class: int | None, rng: torch.Generator) -> "Ensemble":
         """For each class so many of the members, drawn by their shares of it; itself where per_class is None.
 
-        Of class y the logits of those drawn are averaged: over draws, mode `class` in expectation, at a cost
-        that does not grow with the number of clients.
+        Of class y the logits of those drawn are averaged. Their expectation is that of mode `class`; their cost
+        does not grow with the number of clients. Raises BadInput where an upload has no class histogram, and
+        with another mode.
         """
         if per_class is None:
             return self
+        if self.shares is None or self.mode != "class":
+            raise BadInput(
+                f"distill.per_class={per_class} needs every upload's class_counts and ensemble.mode='class': "
+                "allowed otherwise is none"
+            )
         picks = torch.multinomial(self.shares.T.cpu(), per_class, replacement=True, generator=rng)  # (C, m)
         weights = torch.zeros(self.shares.T.shape)
         weights.scatter_add_(1, picks, torch.full(picks.shape, 1 / per_class))

@@ -157,11 +157,11 @@ class Experiment:
         unknown = [m for m in methods if m not in METHODS]
         if unknown:
             raise BadInput(f"method={unknown[0]!r} is unknown: allowed are {', '.join(METHODS)}")
+        check_architectures(self.settings, methods)
         for client in range(len(self.shards)):
             if self.store.has("uploads", self.upload_key(client)):  # damaged ones are refused now
                 self.store.read("uploads", self.upload_key(client), Upload.load)
             self.shared(self.settings.model_of(client))
-        check_architectures(self.settings, methods)
         if "fusefl" in methods:
             stage_blocks(len(self.initial.blocks), self.settings.fusefl.stages)
 
@@ -240,6 +240,8 @@ class Experiment:
     def reference_answers(self) -> dict[str, Tensor]:
         """Classes (models, n) that what every method is measured against names on the test split."""
         made_by = [[u.digest for u in self.uploads], self.settings.ensemble.model_dump()]
+        if self.settings.mixed:
+            made_by.append(self.settings.model.name)  # no average is among them
         return self.store.get(
             "references",
             fingerprint("answers", made_by, self.settings.seed, *self._data),

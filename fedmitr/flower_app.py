@@ -26,7 +26,7 @@ from .paths import default_store
 from .settings import Settings, build, check_architectures, parse_assignment
 from .store import Store, check_writable, fingerprint, write_tensors
 from .upload import Card, ModelShape, Upload, asks_counts
-from .vit import client_vit, create_vit, normalisation, shared_vit
+from .vit import client_vit, create_vit, normalisation, shared_vit, vit_beside
 
 try:
     from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
@@ -90,11 +90,15 @@ class Order(NamedTuple):
 
     @property
     def shape(self) -> ModelShape:
-        """The global model's shape; no weights are read for it."""
-        model = self.settings.model
-        return ModelShape.of(
-            model.name, create_vit(model.name, self.num_classes, image_size=model.image_size)
-        )
+        """The global model's shape, and every client's but for the name; BadInput where a client's cannot be.
+
+        No weights are read for it.
+        """
+        settings = self.settings
+        vit = create_vit(settings.model.name, self.num_classes, image_size=settings.model.image_size)
+        for name in {settings.model_of(k).name for k in range(settings.partition.clients)}:
+            vit_beside(vit, name)
+        return ModelShape.of(settings.model.name, vit)
 
     def pack(self) -> RecordDict:
         record = {"method": self.method, "settings": self.settings.model_dump_json()}

@@ -27,7 +27,7 @@ from .distill import FIT_VIEWS
 from .inversion import remaining
 from .photos import list_folders, num_classes
 from .settings import WITHOUT_STUDENT, Settings, check_architectures
-from .vit import MODELS_AT_ONCE, class_logits, create_vit
+from .vit import MODELS_AT_ONCE, class_logits, create_vit, vit_beside
 
 ADAM = 4  # copies of a model in training: weights, gradients, two moments
 FLOAT = 4  # bytes
@@ -134,19 +134,23 @@ def plan(method: str, settings: Settings) -> list[Stage]:
 
 def costs_of(settings: Settings) -> tuple[Costs, Team]:
     """Of the global model, and of every client's."""
-    classes = num_classes(settings.task)
-    costs = model_costs(settings.model.name, classes, settings.model.image_size)
-    size, channels = costs.vit.patch_embed.img_size[0], costs.vit.patch_embed.proj.in_channels
+    costs = model_costs(settings.model.name, num_classes(settings.task), settings.model.image_size)
     names = [settings.model_of(k).name for k in range(settings.partition.clients)]
-    known = {name: model_costs(name, classes, size, channels) for name in set(names) - {settings.model.name}}
+    known = {name: costs_beside(costs, name) for name in set(names)}
     known[settings.model.name] = costs
     return costs, [known[name] for name in names]
 
 
 @functools.cache
-def model_costs(name: str, classes: int, size: int | None, channels: int | None = None) -> Costs:
-    """Of a model by its name; no weights are read."""
-    return Costs.of(create_vit(name, classes, image_size=size, in_chans=channels))
+def model_costs(name: str, classes: int, size: int | None) -> Costs:
+    """Of the global model by its name; no weights are read."""
+    return Costs.of(create_vit(name, classes, image_size=size))
+
+
+@functools.cache
+def costs_beside(costs: Costs, name: str) -> Costs:
+    """Of a client's model, for the same images and classes."""
+    return Costs.of(vit_beside(costs.vit, name))
 
 
 def training_images(task: TaskSettings) -> int:
@@ -210,16 +214,19 @@ def inversion(how: InversionSettings, costs: Costs, team: Team) -> Stage:
 
 
 def groups(settings: Settings, costs: Costs, team: Team) -> Stage:
-    """Every group of clients distilled to one model, as all of them are otherwise."""
+    """Every group of clients distilled to one model, as all of them are otherwise; all uploads are held."""
     size = settings.distill.group
-    count = -(-len(team) // size)
-    one = [inversion(settings.inversion, costs, team[:size])]
-    one += distillation(settings, costs, team[:size], settings.distill.calibrate)
+    parts = [team[first : first + size] for first in range(0, len(team), size)]
+    each = Counter(tuple(part) for part in parts if len(part) > 1)
+    flops, most = 0.0, 0.0
+    for part, count in each.items():
+        stages = [inversion(settings.inversion, costs, part)]
+        stages += distillation(settings, costs, part, settings.distill.calibrate)
+        flops += count * sum(s.flops for s in stages)
+        most = max(most, *(s.memory - sum(c.model for c in part) for s in stages))
+    held = sum(c.model for c in team)
     return Stage(
-        "groups",
-        f"{count} groups of {size} clients, each as below",
-        count * sum(s.flops for s in one),
-        max(s.memory for s in one),
+        "groups", f"{len(parts)} groups of {size} clients at most, each as below", flops, most + held
     )
 
 

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import joblib
@@ -87,7 +88,7 @@ def _costs(stages: Sequence[Stage]) -> dict[str, float]:
 
 
 def strong_scaling(
-    settings: Settings, workers: Sequence[int], store: Store | None = None, repeats: int = 2
+    settings: Settings, workers: Sequence[int], store: Store | Path | str | None = None, repeats: int = 2
 ) -> pd.DataFrame:
     """Seconds to invert the same batches with each number of workers, on this machine, now.
 

@@ -115,15 +115,13 @@ def check_architectures(settings: Settings, methods: Iterable[str]) -> None:
     """BadInput for a method that needs clients of one architecture, where they have several."""
     if not settings.mixed:
         return
-    several = (
-        f"client.models={list(settings.client.models)} with model.name={settings.model.name!r} are several"
-    )
+    differ = f"client.models={list(settings.client.models)} differ from model.name={settings.model.name!r}"
     for method in methods:
         if method in ONE_ARCHITECTURE:
-            raise BadInput(f"method={method!r} needs clients of one architecture: {several}")
+            raise BadInput(f"method={method!r} needs clients of one architecture: {differ}")
         if method not in WITHOUT_STUDENT and settings.distill.start == "average":
             raise BadInput(
-                f"distill.start='average' needs clients of one architecture: {several}; allowed is 'initial'"
+                f"distill.start='average' needs clients of one architecture: {differ}; allowed is 'initial'"
             )
 
 

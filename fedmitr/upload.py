@@ -81,10 +81,10 @@ class Upload:
         """The same upload for methods that do not need the class histogram."""
         return replace(self, class_counts=None)
 
-    def vit(self) -> VisionTransformer:
-        """The uploaded model, frozen and in evaluation mode."""
+    def vit(self, share: bool = False) -> VisionTransformer:
+        """The uploaded model, frozen, in evaluation mode; share: on the upload's own tensors, no copy."""
         vit = self.shape.build()
-        vit.load_state_dict(self.weights, assign=True)  # no copy: K clients take the room of their uploads
+        vit.load_state_dict(self.weights, assign=share)
         return vit.eval().requires_grad_(False)
 
     def save(self, folder: Path) -> None:

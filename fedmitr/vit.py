@@ -54,6 +54,8 @@ def create_vit(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        if name in MICROS and pretrained and not checkpoint and in_chans not in (None, 1):
+            raise BadInput(f"the letter weights of {name!r} take images of one channel, not of {in_chans}")
         if name in MICROS:
             vit = _create_micro(name, num_classes, image_size, in_chans)
             checkpoint = checkpoint or (letter_weights(name) if pretrained else None)
@@ -86,16 +88,21 @@ def client_vit(initial: VisionTransformer, settings: ModelSettings) -> VisionTra
     Its size, channels, classes and normalisation of pixels are the initial model's. Raises BadInput as
     `create_vit`, naming `client.models`.
     """
-    embed = initial.patch_embed
+    vit = vit_beside(initial, settings.name, settings.pretrained)
     try:
-        vit = create_vit(
-            settings.name,
-            initial.num_classes,
-            pretrained=settings.pretrained,
-            image_size=embed.img_size[0],
-            in_chans=embed.proj.in_channels,
-        )
         return renormalise(vit, normalisation(initial))
+    except BadInput as error:
+        raise BadInput(f"client.models: {error}") from None
+
+
+def vit_beside(initial: VisionTransformer, name: str, pretrained: bool = False) -> VisionTransformer:
+    """A model with the classes and for the size and channels of images of the initial one."""
+    embed = initial.patch_embed
+    size, channels = embed.img_size[0], embed.proj.in_channels
+    try:
+        return create_vit(
+            name, initial.num_classes, pretrained=pretrained, image_size=size, in_chans=channels
+        )
     except BadInput as error:
         raise BadInput(f"client.models: {error}") from None
 
@@ -105,12 +112,13 @@ def renormalise(vit: VisionTransformer, stats: tuple[Tensor, Tensor]) -> VisionT
     """The same function of the same images, normalised with other stats = mean and std, each (ch, 1, 1).
 
     (x − m)/s = x̂·ŝ/s + (m̂ − m)/s for pixels x̂ normalised with m̂ and ŝ: the patch embedding takes it in.
+    Nearly the same where a model of colours sees one channel: timm sums its weights, we average its m and s.
     Raises BadInput where that needs a bias which the model has not.
     """
     projection = vit.patch_embed.proj
     channels = projection.in_channels
     own = [torch.tensor(vit.pretrained_cfg[k]) for k in ("mean", "std")]
-    if len(own[0]) != channels:  # timm has averaged the weights of the channels too
+    if len(own[0]) != channels:
         own = [values.mean().expand(channels) for values in own]
     mean, std = (values.view(-1, 1, 1) for values in own)
     scale, shift = stats[1] / std, (stats[0] - mean) / std

@@ -285,7 +285,8 @@ def many():
     rng = np.random.default_rng(3)
     counts = rng.integers(0, 9, size=(8, 10)) * (rng.random((8, 10)) < 0.5)
     counts[:, 9] = 0
-    return fm.Ensemble([make_upload(k, tuple(map(int, row))) for k, row in enumerate(counts)])
+    uploads = [make_upload(k, tuple(map(int, row))) for k, row in enumerate(counts)]
+    return fm.Ensemble(uploads, EnsembleSettings(mode="class"))
 
 
 def test_without_a_number_all_members_answer(many):
@@ -317,6 +318,15 @@ def test_over_draws_weights_are_the_shares(many):
             total[next(k for k, m in enumerate(many.members) if m is member)] += row.numpy() / 400
     np.testing.assert_allclose(total, many.shares.numpy(), atol=0.08)  # four standard errors
     assert len(many.members) == 8 and many.weights.shape == (8, 10)
+
+
+@pytest.mark.parametrize("change", ["no counts", "another mode"])
+def test_without_shares_to_draw_by_is_one_line(change, uploads, one_line):
+    given = [u.without_counts() for u in uploads] if change == "no counts" else uploads
+    teacher = fm.Ensemble(given, EnsembleSettings(mode="mean_probs"))
+    with pytest.raises(fm.BadInput) as error:
+        teacher.drawn(1, torch.Generator())
+    one_line(error.value, "distill.per_class", "class_counts")
 
 
 def test_drawn_members_keep_the_offset(many, images):

@@ -310,6 +310,8 @@ def test_too_few_uploads_are_one_line(there, nodes, config, one_line):
         ({"set": "task.name=image-folder"}, "classes=''"),
         ({"classes": "cat,dog"}, "classes='cat,dog'"),
         ({"set": "task.name=image-folder", "classes": "cat, cat"}, "different names"),
+        ({"set": "client.models=[vit_maximal] distill.start=initial"}, "client.models"),
+        ({"set": "client.models=[vit_micro_deep]"}, "distill.start"),
     ],
     ids=str,
 )

@@ -14,11 +14,11 @@ from fedmitr import ensemble as room
 from fedmitr.blocks import EnsembleSettings, InversionSettings, ModelSettings, RelabelSettings
 from fedmitr.ensemble import Owners
 from fedmitr.experiment import Experiment
-from fedmitr.metrics import surviving_patches
+from fedmitr.metrics import predict, surviving_patches
 from fedmitr.plan import plan
 from fedmitr.settings import Settings, parse_assignment
 from fedmitr.upload import ModelShape
-from fedmitr.vit import client_vit, forward_tokens, normalisation, renormalise
+from fedmitr.vit import client_vit, forward_tokens, images_at_once, normalisation, renormalise
 
 NAMES = ("vit_micro", "vit_micro_patch6", "vit_micro_deep")
 MIXED = [*TINY, "--set", "client.models=[vit_micro_patch6,vit_micro]", "--set", "distill.start=initial"]
@@ -189,6 +189,16 @@ def test_a_client_with_the_global_architecture_is_the_same_client(tmp_path):
     assert mixed.central_key == equal.central_key
 
 
+def test_two_students_of_one_store_have_images_and_references_of_their_own(tmp_path):
+    """The same uploads under students with other patch grids; the second has no FedAvg beside it."""
+    of = ["--set", "distill.start=initial", "--set", "client.models=[vit_micro]", "--store", tmp_path]
+    for student, average in (("vit_micro", True), ("vit_micro_patch6", False), ("vit_micro", True)):
+        name = ["--set", f"model.name={student}"]
+        for method in ("fedmitr", "local"):
+            result = answer("run", "--method", method, "--json", *TINY, *of, *name)
+            assert (result["fedavg_accuracy"] is not None) == average
+
+
 @pytest.mark.parametrize(
     "method, more, words",
     [
@@ -205,6 +215,20 @@ def test_what_cannot_work_is_one_line_before_any_work(method, more, words, tmp_p
     assert done.exit_code == 2
     one_line(done.stderr.strip(), *words)
     assert not list(tmp_path.glob("uploads/*"))
+
+
+@pytest.mark.parametrize("name", ["vit_maximal", "vit_tiny_patch16_224"])
+def test_a_plan_names_the_setting(name, one_line):
+    with pytest.raises(fm.BadInput) as error:
+        plan("fedmitr", Settings.load("smoke", {"client.models": [name], "distill.start": "initial"}))
+    one_line(error.value, "client.models", "allowed")
+
+
+def test_letters_of_one_channel_do_not_fit_a_model_of_colours(one_line):
+    colours = fm.create_vit("deit_tiny_patch16_224", 10, image_size=48)
+    with pytest.raises(fm.BadInput) as error:
+        client_vit(colours, ModelSettings(name="vit_micro_deep"))
+    one_line(error.value, "client.models", "vit_micro_deep", "one channel")
 
 
 def test_a_plan_adds_up_the_clients_own_models():
@@ -255,10 +279,24 @@ def test_many_members_see_few_images_at_a_time_and_answer_the_same(together, mon
     for member in together.members:
         member.norm.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     monkeypatch.setattr(room, "MODELS_AT_ONCE", 1)
+    monkeypatch.setattr(room, "images_at_once", lambda ensemble: 2)
     found = together.logits(images), together.logits(images, keep), *together.forward_tokens(images)
-    assert set(sizes) == {2, 1}  # a third of seven
+    assert set(sizes) == {2, 1}
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_hundred_members_are_shown_as_many_images_as_fit_and_no_fewer():
+    """The limit of `images_at_once` holds once, not once more for what it has let through."""
+    upload = upload_of(0, "vit_micro_patch6")
+    many = fm.Ensemble([dataclasses.replace(upload, client=k) for k in range(40)])
+    sizes = []
+    many.members[7].norm.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    images = torch.randn(100, 1, 24, 24, generator=torch.Generator().manual_seed(4))
+    predict(many, images)
+    assert images_at_once(many) == 64 and sizes == [64, 36]
+    many.logits(images)
+    assert sizes[2:] == [64, 36]
 
 
 def test_an_ensemble_takes_no_room_beyond_its_uploads(different):

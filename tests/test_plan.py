@@ -10,7 +10,7 @@ from fedmitr.bench import image_flops, random_uploads
 from fedmitr.blocks import EnsembleSettings, TaskSettings
 from fedmitr.inversion import remaining
 from fedmitr.metrics import forward_flops
-from fedmitr.plan import Costs, one_pass, plan, plan_table, training_images
+from fedmitr.plan import Costs, model_costs, one_pass, plan, plan_table, training_images
 from fedmitr.settings import METHODS, Settings
 
 GENERATORS = ("fdafl", "dense", "co_boosting", "fedftg")
@@ -104,6 +104,7 @@ def test_a_plan_loads_no_weights_and_reads_no_images(monkeypatch):
     monkeypatch.setattr("fedmitr.vit._load_checkpoint", lambda *_: pytest.fail("loaded weights"))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("downloaded"))
     create, asked = timm.create_model, []
+    model_costs.cache_clear()
     monkeypatch.setattr(timm, "create_model", lambda *a, **o: asked.append(o) or create(*a, **o))
     assert Settings.load("paper").model.pretrained and plan("fedmitr", Settings.load("paper"))
     assert plan("fedmitr", Settings.load("laptop"))  # whose weights are shipped

@@ -113,7 +113,7 @@ def test_labels_cost_in_proportion_to_the_clients_unless_few_are_drawn():
     grouped = at.loc["groups of 100 clients"]
     assert grouped[100] == everyone[100] and grouped[1000] > everyone[1000]  # no less work, but in parts
     memory = table.set_index(["way", "clients"])["memory, GB"].unstack()
-    assert memory.loc["groups of 100 clients", 1000] == memory.loc["every client", 100]
+    assert memory.loc["groups of 100 clients", 1000] == pytest.approx(memory.loc["every client", 1000])
     stages = plan("fedmitr", Settings.load("laptop", {"partition.clients": 100}))
     assert everyone[100] == pytest.approx(sum(s.flops for s in stages if s.stage != "clients") / 1e12)
 
@@ -176,3 +176,12 @@ def test_the_figures_show_the_table():
     time, gain = plots_scale.scaling(measured).axes
     assert list(time.lines[0].get_ydata()) == [8, 5] and "seconds" in time.get_ylabel()
     assert list(gain.lines[0].get_ydata()) == [1, 2] and list(gain.lines[1].get_ydata()) == [1, 1.6]
+
+
+def test_a_plan_counts_a_group_by_its_clients():
+    """Of five clients in groups of two the last, alone, is distilled by nobody."""
+    stages = plan("fedmitr", Settings.load("laptop", {"partition.clients": 5, "distill.group": 2}))
+    (groups,) = (s for s in stages if s.stage == "groups")
+    pair = plan("fedmitr", Settings.load("laptop", {"partition.clients": 2}))
+    assert groups.flops == pytest.approx(2 * sum(s.flops for s in pair if s.stage != "clients"))
+    assert "by 3 clients" in next(s.what for s in stages if s.stage == "labels")

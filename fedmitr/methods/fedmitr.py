@@ -48,8 +48,8 @@ def in_groups(
 ) -> tuple[list[Upload], dict[str, float]]:
     """Each group of `distill.group` clients, in their order, as the one upload of its global model; seconds.
 
-    Holds one group's models at a time, and groups are independent of each other. What the group's clients
-    hold, n_k and c_k, is summed. A single group, or one with a single client, is left as it is.
+    One ensemble is of one group's models alone, and groups are independent of each other. What the group's
+    clients hold, n_k and c_k, is summed. A single group, or one with a single client, is left as it is.
     """
     size = settings.distill.group
     if len(uploads) <= size:
@@ -87,6 +87,8 @@ def add_up(parts: Sequence[dict[str, float]]) -> dict[str, float]:
 def inversion_keys(uploads: Sequence[Upload], settings: Settings) -> list[str]:
     """The address of every batch of synthetic images."""
     made_by = [[u.digest for u in uploads], settings.ensemble.model_dump(), settings.inversion.model_dump()]
+    if any(u.shape.name != settings.model.name for u in uploads):
+        made_by.append(settings.model.name)  # the student's, on whose patch grid images and masks lie
     batches = -(-settings.inversion.images // settings.inversion.batch_size)
     return [fingerprint("synthetic", made_by, settings.seed, index) for index in range(batches)]
 

@@ -171,9 +171,9 @@ class Ensemble(nn.Module):
     def drawn(self, per_class: int | None, rng: torch.Generator) -> "Ensemble":
         """For each class so many of the members, drawn by their shares of it; itself where per_class is None.
 
-        Of class y the logits of those drawn are averaged: in expectation those of mode `class`, at a cost that
-        does not grow with the number of clients. Raises BadInput where an upload has no class histogram, and
-        with another mode.
+        Of class y the logits of those drawn are averaged: in expectation those of mode `class`, at a cost
+        that does not grow with the number of clients. Raises BadInput where an upload has no class histogram,
+        and with another mode.
         """
         if per_class is None:
             return self

@@ -146,9 +146,8 @@ def take_gradients(
 
     A GPU, which is made for large batches, sees all at once.
     """
-    count, few = len(batch[0]), len(batch[0])
-    if not batch[0].is_cuda:
-        few = images_in_training(student)
+    count = len(batch[0])
+    few = count if batch[0].is_cuda else images_in_training(student)
     for first in range(0, count, few):
         part = [None if column is None else column[first : first + few] for column in batch]
         share = len(part[0]) / count

@@ -3,6 +3,7 @@
 This is the only room that sees both sides. Clients get shards and give uploads; methods get uploads.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -314,13 +315,17 @@ class Experiment:
         return {
             "exchanges": outcome.exchanges,
             "upload_bytes": sum(u.bytes for u in sent) if up is None else up,
-            "download_bytes": sum(self._model_bytes(u.client) for u in sent) if down is None else down,
+            "download_bytes": self._shared_bytes(sent) if down is None else down,
         }
 
-    def _model_bytes(self, client: int) -> int:
-        """Bytes of the shared model that a client is handed."""
-        state = self.shared(self.settings.model_of(client)).state_dict()
-        return len(save({name: value.contiguous() for name, value in state.items()}))
+    def _shared_bytes(self, uploads: Sequence[Upload]) -> int:
+        """Bytes of the shared models that these clients were handed."""
+        models = Counter(self.settings.model_of(u.client) for u in uploads)
+        states = {model: self.shared(model).state_dict() for model in models}
+        return sum(
+            count * len(save({name: value.contiguous() for name, value in states[model].items()}))
+            for model, count in models.items()
+        )
 
     def _seconds(self, method: str, outcome: Outcome) -> dict[str, float]:
         """Seconds of every stage, as measured when its artefact was made."""

@@ -99,11 +99,9 @@ class Settings(Block):
         """The model that a client starts from: the global one, or its turn among `client.models`."""
         names = self.client.models
         name = names[client % len(names)] if names else self.model.name
-        return (
-            self.model
-            if name == self.model.name
-            else self.model.model_copy(update={"name": name, "checkpoint": None})
-        )
+        if name == self.model.name:
+            return self.model
+        return self.model.model_copy(update={"name": name, "checkpoint": None})
 
     @property
     def mixed(self) -> bool:

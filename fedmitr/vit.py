@@ -29,7 +29,7 @@ MICROS = {
     "vit_micro_patch6": VIT_MICRO | dict(patch_size=6),
     "vit_micro_deep": VIT_MICRO | dict(embed_dim=64, depth=6, num_heads=2),
 }
-PATCHES_IN_TRAINING = 64 * 64
+PATCHES_IN_TRAINING = 64 * 64  # one backward pass on a CPU holds no more: 64 images of 32x32 cut by four
 MODELS_AT_ONCE = 10  # of more, less is held for each
 AT_ONCE = 256  # images in a batch that no gradient is taken of, where they are small:
 PATCHES_AT_ONCE = AT_ONCE * 64  # a batch holds no more patches than so many images of 32x32 cut by four

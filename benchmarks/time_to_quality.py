@@ -19,9 +19,9 @@ import torch
 
 import fedmitr as fm
 from fedmitr.cli import parse_seeds
-from fedmitr.distill import view
-from fedmitr.inversion import SyntheticSet, label_batches
-from fedmitr.runtime import derive_seed, generator
+from fedmitr.core.rng import derive_seed, make_rng
+from fedmitr.server.synthetic import SyntheticSet, label_batches
+from fedmitr.server.views import view
 from fedmitr.settings import parse_assignment
 
 VIEWS = 4
@@ -38,7 +38,7 @@ def confidence(
         return ensemble(images, keep).exp().gather(1, made.labels[:, None]).mean().item()
 
     survivors = made.mask.int().topk(int(made.mask[0].sum()), dim=1).indices
-    rng, everyone = generator(seed, "quality"), torch.arange(len(made))
+    rng, everyone = make_rng(seed, "quality"), torch.arange(len(made))
     member = ensemble.members[0]
     how = settings.distill.model_copy(update={"augment": STRENGTH})
     views = [of(view(member, made, everyone, how, rng)[0]) for _ in range(VIEWS)]

@@ -26,12 +26,15 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils import clip_grad_norm_
 
-from fedmitr import BadInput, Ensemble, attention, invert
-from fedmitr.bench import CLASSES, random_uploads, torch_threads
-from fedmitr.blocks import EnsembleSettings, InversionSettings
-from fedmitr.pixels import Shape
-from fedmitr.runtime import autocast, compiled, device, generator
-from fedmitr.vit import class_logits, create_vit, embed_patches, image_logits
+from fedmitr import BadInput, Ensemble, invert
+from fedmitr.vision import attention
+from fedmitr.core.machine import autocast, compiled, device
+from fedmitr.core.rng import make_rng
+from fedmitr.evaluation.bench import CLASSES, random_uploads, torch_threads
+from fedmitr.settings.schema import EnsembleSettings, InversionSettings
+from fedmitr.vision.patches import PatchGrid
+from fedmitr.vision.tokens import class_logits, embed_patches, image_logits
+from fedmitr.vision.vit import create_vit
 
 CHUNKS = (5, 10, 20, 50)
 Run = Callable[[], object]
@@ -81,10 +84,10 @@ def of_patches(logits: Callable[[Tensor], Tensor], patches: Tensor) -> Tensor:
 
 def random_patches(vit: nn.Module, batch: int, count: int | None = None) -> tuple[Tensor, Tensor]:
     """Noise on the first `count` patches (default all) of a batch: (B, M, ch·p·p), and places (1, M)."""
-    shape = Shape.of(vit)
+    shape = PatchGrid.of(vit)
     kept = min(count or shape.patches, shape.patches)
     width = shape.channels * shape.patch[0] * shape.patch[1]
-    patches = torch.randn(batch, kept, width, generator=generator(0, "variants")).to(device())
+    patches = torch.randn(batch, kept, width, generator=make_rng(0, "variants")).to(device())
     return patches, torch.arange(kept, device=device())[None]
 
 
@@ -231,7 +234,7 @@ def steps(model, image_size, rounds, threads, batch, patches, clients) -> None:
 def student(model, image_size, rounds, threads, batch) -> None:
     """A training step of one model on whole images: forward, gradient, clipping, AdamW."""
     vit = create_vit(model, CLASSES, image_size=image_size).to(device())
-    images = torch.randn((batch, *Shape.of(vit).image), generator=generator(0, "variants")).to(device())
+    images = torch.randn((batch, *PatchGrid.of(vit).image), generator=make_rng(0, "variants")).to(device())
 
     optimizer = torch.optim.AdamW(vit.parameters(), lr=1e-4, fused=True)
 

@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import fedmitr as fm
-from fedmitr.blocks import EnsembleSettings, InversionSettings
+from fedmitr.settings.schema import EnsembleSettings, InversionSettings
 from fedmitr.upload import ModelShape, Upload
 
 KINDS = {  # the first whose pattern is the operation's whole name

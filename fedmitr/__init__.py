@@ -43,19 +43,21 @@ _let_torchvision_import()
 
 
 # The package's own modules import timm and torchvision, so they come after the line above.
-from .client import train_client
-from .distill import distill
-from .ensemble import Ensemble
-from .errors import BadInput
-from .experiment import Experiment, Result, run
-from .inversion import SyntheticSet, invert
-from .partition import partition
-from .relabel import relabel_tokens
+from .client.train import train_client
+from .core.errors import BadInput
+from .core.store import Store
+from .data.partition import partition
+from .data.tasks import Split, Task, load_task
+from .experiments.result import Result
+from .experiments.run import Experiment, run
+from .server.distill import distill
+from .server.ensemble import Ensemble
+from .server.inversion import invert
+from .server.relabel import relabel_tokens
+from .server.synthetic import SyntheticSet
 from .settings import Settings
-from .store import Store
-from .tasks import Split, Task, load_task
 from .upload import Upload
-from .vit import create_vit
+from .vision.vit import create_vit
 
 __version__ = "0.1.0"
 __all__ = [

@@ -13,8 +13,9 @@ from typing import Any
 
 import click
 
-from .errors import BadInput
-from .settings import METHODS, PROFILES, Settings, fields, parse_assignment
+from .core.errors import BadInput
+from .methods import METHODS, find
+from .settings import PROFILES, Settings, fields, parse_assignment
 
 MOST_SEEDS = 10_000
 
@@ -141,13 +142,12 @@ def read_settings(profile: str, assignments: tuple[str, ...], **named: str | Non
 @settings_options
 def run(method, profile, task, clients, alpha, seed, assignments, store, as_json, dry_run) -> None:
     """Run one method once."""
-    if method not in METHODS:
-        raise BadInput(f"method={method!r} is unknown: allowed are {', '.join(METHODS)}")
+    find(method)
     settings = read_settings(profile, assignments, task=task, clients=clients, alpha=alpha, seed=seed)
     if dry_run:
         tell_plan(method, settings, as_json)
         return
-    from .experiment import run as run_one
+    from .experiments.run import run as run_one
 
     result = run_one(method, settings, store)
     if as_json:
@@ -165,7 +165,7 @@ def run(method, profile, task, clients, alpha, seed, assignments, store, as_json
 
 def tell_plan(method: str, settings: Settings, as_json: bool) -> None:
     """What a run would do, computed from shapes: nothing is loaded, downloaded or trained."""
-    from .plan import plan, plan_table
+    from .evaluation.plan import plan, plan_table
 
     stages = plan(method, settings)
     if as_json:
@@ -184,16 +184,15 @@ def tell_plan(method: str, settings: Settings, as_json: bool) -> None:
 def compare(methods, seeds, profile, task, clients, alpha, assignments, store, out, as_json) -> None:
     """Several methods on the same clients, over several seeds (and skews)."""
     chosen = [m.strip() for m in methods.split(",")]
-    unknown = [m for m in chosen if m not in METHODS]
-    if unknown:
-        raise BadInput(f"method={unknown[0]!r} is unknown: allowed are {', '.join(METHODS)}")
+    for name in chosen:
+        find(name)
     settings = [
         read_settings(profile, assignments, task=task, clients=clients, alpha=each, seed=str(seed))
         for each in (alpha.split(",") if alpha else [None])
         for seed in parse_seeds(seeds)
     ]
-    from .compare import compare as compare_all
-    from .compare import summarise, summarise_skews
+    from .experiments.compare import compare as compare_all
+    from .experiments.statistics import summarise, summarise_skews
 
     runs = compare_all(chosen, settings, store, out)
     table = summarise(runs) if runs["alpha"].nunique() == 1 else summarise_skews(runs)
@@ -218,14 +217,13 @@ def sweep(
     method, seeds, grid, cells, panels, profile, task, clients, alpha, assignments, store, out, as_json
 ) -> None:
     """One method over a grid of settings, several seeds each."""
-    if method not in METHODS:
-        raise BadInput(f"method={method!r} is unknown: allowed are {', '.join(METHODS)}")
+    find(method)
     if bool(grid) == bool(cells):
         raise BadInput("give either --grid KEY=V1,V2 (repeatable) or --cells FILE")
     if panels and not cells:
         raise BadInput("--panel needs --cells FILE, whose panels it names")
-    from .sweep import choose, grid_cells, read_cells, summarise_cells
-    from .sweep import sweep as sweep_all
+    from .experiments.sweep import choose, grid_cells, read_cells, summarise_cells
+    from .experiments.sweep import sweep as sweep_all
 
     chosen = grid_cells(grid) if grid else choose(read_cells(cells), panels)
     overrides = read_overrides(assignments, task=task, clients=clients, alpha=alpha)
@@ -261,7 +259,7 @@ def reproduce(profile, only, store) -> None:
     """Run the notebooks with papermill: rewrites figures/ and results/, resumes what was stopped."""
     from papermill.exceptions import PapermillExecutionError
 
-    from .reproduce import reproduce as reproduce_all
+    from .experiments.reproduce import reproduce as reproduce_all
 
     try:
         click.echo(reproduce_all(profile, only, store))
@@ -275,7 +273,7 @@ def reproduce(profile, only, store) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def info(as_json) -> None:
     """Versions, device, threads, and which optional parts are present."""
-    from .runtime import describe
+    from .core.machine import describe
 
     facts = describe()
     if as_json:
@@ -311,7 +309,7 @@ def bench() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Last line of stdout: the result as one JSON object.")
 def bench_inversion(as_json, **options) -> None:
     """Seconds, GFLOP/s and memory of sparse and dense inversion, teachers of random weights."""
-    from .bench import bench_inversion as measure
+    from .evaluation.bench import bench_inversion as measure
 
     report = measure(**options)
     if as_json:

@@ -1,8 +1,8 @@
 """The same clients and the same server as a Flower app: real machines, one upload from each (docs/flower.md).
 
-The server sends settings and gets uploads; what it makes of them is `METHODS[method]`, as in every other
-run. For the same shards, seed and settings its global model is the same, bit for bit on the same machine.
-This room too sees both sides, but one in each process: what knows the data is imported by the client alone.
+The server sends settings and gets uploads; what it makes of them is the method's own function, as in every
+other run. For the same shards, seed and settings its global model is the same, bit for bit on one machine.
+This module too sees both sides, but one in each process: what knows the data is imported by the client alone.
 """
 
 import json
@@ -18,15 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import ValidationError
 
-from .blocks import TASKS
-from .errors import BadInput
-from .methods import METHODS, Outcome
-from .parallel import jobs
-from .paths import default_store
-from .settings import Settings, build, check_architectures, parse_assignment
-from .store import Store, check_writable, fingerprint, write_tensors
-from .upload import Card, ModelShape, Upload, asks_counts
-from .vit import client_vit, create_vit, normalisation, shared_vit, vit_beside
+from .core.errors import BadInput
+from .core.paths import default_store
+from .core.processes import jobs
+from .core.store import Store, check_writable, fingerprint, write_tensors
+from .methods import METHODS, Method, Outcome, check_methods, find
+from .settings import Settings, build, parse_assignment
+from .settings.schema import TASKS
+from .upload import ModelShape, SealedCard, Upload
+from .vision.vit import client_vit, create_vit, normalisation, shared_vit, vit_beside
 
 try:
     from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
@@ -49,12 +49,19 @@ DEFAULTS = {
     "out": "global.safetensors",
     "store": "",
 }
-REFUSED = {
-    "fusefl": "it takes several exchanges",
-    "central": "it needs all data in one place",
-    "local": "its clients send nothing",
-    "ensemble": "it leaves no single model; the uploads, which every other method keeps, are it",
-}
+
+
+def refusal(method: Method) -> str:
+    """Why a method cannot run as a Flower app of one exchange; empty where it can."""
+    if method.given == "clients":
+        return "it takes several exchanges"
+    if method.given == "central":
+        return "it needs all data in one place"
+    if not method.sends:
+        return "its clients send nothing"
+    if not method.single_model:
+        return "it leaves no single model; the uploads, which every other method keeps, are it"
+    return ""
 
 
 class Order(NamedTuple):
@@ -66,15 +73,16 @@ class Order(NamedTuple):
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> "Order":
-        """From Flower's run config; BadInput for what `fedmitr run` refuses and for methods of `REFUSED`."""
+        """From Flower's run config; BadInput for what `fedmitr run` refuses and for what `refusal` names."""
         method, seed = config["method"], config["seed"]
-        if method in REFUSED or method not in METHODS:
-            allowed = ", ".join(m for m in METHODS if m not in REFUSED)
-            raise BadInput(f"method={method!r}: {REFUSED.get(method, 'unknown')}; allowed are {allowed}")
+        reason = refusal(METHODS[method]) if method in METHODS else "unknown"
+        if reason:
+            allowed = ", ".join(name for name, one in METHODS.items() if not refusal(one))
+            raise BadInput(f"method={method!r}: {reason}; allowed are {allowed}")
         settings = Settings.load(
             config["profile"], dict(map(parse_assignment, split(config["set"]))) | {"seed": seed}
         )
-        check_architectures(settings, [method])
+        check_methods([method], settings)
         names = list(dict.fromkeys(name.strip() for name in config["classes"].split(",") if name.strip()))
         expected = TASKS[settings.task.name]
         if len(names) < 2 if expected is None else names and len(names) != expected:
@@ -119,7 +127,8 @@ def pack(upload: Upload) -> RecordDict:
     shape = {f"shape.{name}": value for name, value in card.pop("shape").items()}
     if "class_counts" in card:
         card["class_counts"] = list(card["class_counts"])
-    return RecordDict({"weights": ArrayRecord(upload.weights), "card": ConfigRecord(card | shape)})
+    card |= shape | {"sha256": upload.sha256}
+    return RecordDict({"weights": ArrayRecord(upload.weights), "card": ConfigRecord(card)})
 
 
 def unpack(content: RecordDict, node: int, shape_of: Callable[[int], ModelShape]) -> Upload:
@@ -136,7 +145,7 @@ def unpack(content: RecordDict, node: int, shape_of: Callable[[int], ModelShape]
     tree = {name: value for name, value in card.items() if not name.startswith("shape.")}
     tree["shape"] = {n.removeprefix("shape."): v for n, v in card.items() if n.startswith("shape.")}
     try:
-        read = Card.model_validate(tree)
+        read = SealedCard.model_validate(tree)
     except ValidationError as failure:
         error = failure.errors()[0]
         raise BadInput(f"{who}: card: {'.'.join(map(str, error['loc']))}: {error['msg']}") from None
@@ -149,7 +158,10 @@ def unpack(content: RecordDict, node: int, shape_of: Callable[[int], ModelShape]
     except Exception as error:  # whatever numpy says about bytes that are no array
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise BadInput(f"{who}: weights are not readable: {reason}") from None
-    return Upload(read.client, read.size, read.shape, tensors, read.class_counts).checked()
+    upload = Upload(read.client, read.size, read.shape, tensors, read.class_counts).checked()
+    if upload.sha256 != read.sha256:
+        raise BadInput(f"{who}: its weights do not have the checksum that its card states")
+    return upload
 
 
 # --- the client -------------------------------------------------------------------------------------
@@ -180,10 +192,10 @@ def local_upload(order: Order, node: Mapping[str, Any]) -> Upload:
     shard that `fedmitr run` would give it; `store`, its folder of artefacts. Raises BadInput for these, and
     as `Experiment` does.
     """
-    from .client import train_client
-    from .experiment import Experiment
-    from .photos import own_images
-    from .tasks import Split
+    from .client.train import train_client
+    from .data.photos import own_images
+    from .data.tasks import Split
+    from .experiments.run import Experiment
 
     settings, client = order.settings, node.get("partition-id")
     count = settings.partition.clients
@@ -202,7 +214,7 @@ def local_upload(order: Order, node: Mapping[str, Any]) -> Upload:
         upload = train_client(vit, shard, settings.client, client=client, name=model.name, seed=settings.seed)
     else:
         upload = experiment.train(client)
-    return upload if asks_counts(settings, order.method) else upload.without_counts()
+    return upload if find(order.method).asks_counts(settings) else upload.without_counts()
 
 
 # --- the server -------------------------------------------------------------------------------------
@@ -232,7 +244,7 @@ def serve(grid: Grid, config: Mapping[str, Any]) -> Outcome:
     kept = store.path("received", key := fingerprint("received", [u.digest for u in uploads]))
     if not kept.is_dir():  # clients send once: what came outlives a server that is killed from here on
         store.put("received", key, lambda at: [u.save(at / f"client{u.client}") for u in uploads])
-    outcome = METHODS[order.method](uploads, order.settings, store)
+    outcome = find(order.method)(uploads, order.settings, store)
     write_tensors(outcome.models[0].state_dict(), out)
     say(f"global model of {order.method} in {out}, the uploads in {kept}")
     return outcome
@@ -274,7 +286,7 @@ def accept(replies: Mapping[int, Message], order: Order, shape: ModelShape) -> l
     Where two nodes send for one client neither can be told to be the true one, so both are left out.
     """
     uploads, clients = [], order.settings.partition.clients
-    counted = asks_counts(order.settings, order.method)
+    counted = find(order.method).asks_counts(order.settings)
 
     def shape_of(client: int) -> ModelShape:
         return shape.model_copy(update={"name": order.settings.model_of(client).name})

@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 
 import fedmitr as fm
-from fedmitr import photos
-from fedmitr.blocks import TaskSettings
+from fedmitr.data import photos
+from fedmitr.settings.schema import TaskSettings
 
 RGB = (torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1))
 GREY = (torch.tensor([0.5]).view(1, 1, 1), torch.tensor([0.25]).view(1, 1, 1))

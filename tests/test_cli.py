@@ -12,11 +12,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-import fedmitr.experiment as experiment
+import fedmitr.experiments.run as experiment
 from fedmitr.cli import main, parse_seeds
-from fedmitr.errors import BadInput
-from fedmitr.metrics import accuracy
-from fedmitr.settings import METHODS, PROFILES, Settings, fields, parse_assignment
+from fedmitr.core.errors import BadInput
+from fedmitr.evaluation.metrics import accuracy
+from fedmitr.methods import METHODS
+from fedmitr.settings import PROFILES, Settings, fields, parse_assignment
 from fedmitr.upload import Upload
 
 pipeline = importlib.import_module("fedmitr.methods.fedmitr")  # the package's name for it is the method

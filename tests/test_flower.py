@@ -23,10 +23,10 @@ from packaging.requirements import Requirement
 from test_cli import SMALL
 
 import fedmitr as fm
-from fedmitr.errors import BadInput
+from fedmitr.core.errors import BadInput
+from fedmitr.evaluation.metrics import accuracy
 from fedmitr.flower_app import DEFAULTS, REFUSED, Order, accept, client_app, local_upload, pack, serve, unpack
 from fedmitr.methods import METHODS
-from fedmitr.metrics import accuracy
 from fedmitr.settings import build, parse_assignment
 
 if sys.version_info >= (3, 11):

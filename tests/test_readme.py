@@ -6,8 +6,8 @@ import re
 import pandas as pd
 import torch
 
+from fedmitr.core.paths import home
 from fedmitr.methods import METHODS
-from fedmitr.paths import home
 
 README = home() / "README.md"
 

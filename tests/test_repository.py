@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 import fedmitr as fm
 from fedmitr.cli import main
 from fedmitr.settings import PROFILES, defaults
-from fedmitr.vit import MICROS, letter_weights
+from fedmitr.vision.vit import MICROS, letter_weights
 
 ROOT = Path(fm.__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

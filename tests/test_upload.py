@@ -5,13 +5,14 @@ import json
 
 import pytest
 import torch
-from conftest import make_upload
+from helpers import make_upload
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import fedmitr as fm
-from fedmitr.upload import CARD, WEIGHTS, ModelShape, average_weights
+from fedmitr.methods.fedavg import average_weights
+from fedmitr.upload import CARD, WEIGHTS, ModelShape
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_the_digest_tells_apart_all_that_is_sent(uploads):
 
 
 def test_the_model_is_frozen_and_answers_as_the_clients_did(images):
-    from conftest import loud
+    from helpers import loud
 
     upload, vit = make_upload(4, (1,) * 10), loud(fm.create_vit("vit_micro", 10), seed=104)
     rebuilt = upload.vit()

@@ -26,13 +26,13 @@ from flower_processes import cluster
 from torch import Tensor, nn
 
 import fedmitr as fm
+from fedmitr.core.paths import home
+from fedmitr.core.store import read_tensors, write_csv
+from fedmitr.evaluation.metrics import accuracy
 from fedmitr.flower_app import DEFAULTS, REFUSED
 from fedmitr.methods import METHODS
-from fedmitr.metrics import accuracy
-from fedmitr.paths import home
+from fedmitr.methods._method import asks_counts
 from fedmitr.settings import PROFILES
-from fedmitr.store import read_tensors, write_csv
-from fedmitr.upload import asks_counts
 
 RESULTS = home() / "results" / "flower.csv"
 KILLED = 2  # the client that does not come back

@@ -12,9 +12,10 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
-from fedmitr.compare import interval, seconds_file, skew_table, summarise
-from fedmitr.paths import default_store, home
-from fedmitr.runtime import native_bf16
+from fedmitr.core.machine import native_bf16
+from fedmitr.core.paths import default_store, home
+from fedmitr.experiments.compare import seconds_file
+from fedmitr.experiments.statistics import interval, skew_table, summarise
 from fedmitr.settings import Settings
 
 RESULTS = home() / "results" / "comparison.csv"

@@ -1,39 +1,59 @@
-"""Every method of the comparison: uploads in, an Outcome out: the models it leaves and what they cost.
+"""Every method of the comparison: uploads in, an `Outcome` out, and a record that says the rest.
 
-All share one signature, `method(uploads, settings, store) -> Outcome`. A method sees uploads only,
-never a data set. Two differ in what they are given: `central` gets the one upload of a client that
-holds all data, and `fusefl`, which takes several exchanges, gets the clients behind a narrow protocol.
-The reported accuracy is the mean over the outcome's models: one, or one per client for `local`.
+All share one signature, `method(uploads, settings, store) -> Outcome`. A method sees uploads only, never a
+data set. Two are given something else: `central` gets the one upload of a client that holds all data, and
+`fusefl`, which takes several exchanges, gets the clients behind a narrow protocol. The reported accuracy is
+the mean over the outcome's models: one, or one per client for `local`.
+
+To add a method, write a file with its function and its record, `METHOD`, and add a line to `SHIPPED` below;
+in a notebook, call `register` with a record.
 """
 
-from collections.abc import Callable, Sequence
+from importlib import import_module
 
-from ..settings import Settings
-from ..store import Store
-from ..upload import Upload
-from .co_boosting import co_boosting
-from .dense import dense
-from .fadi import fadi
-from .fdafl import fdafl
-from .fedavg import fedavg
-from .fedftg import fedftg
-from .fedmitr import fedmitr
-from .fusefl import fusefl
-from .outcome import Outcome
-from .references import central, ensemble, local
+from ._method import (
+    FAMILIES,
+    METHODS,
+    Method,
+    Outcome,
+    Range,
+    Work,
+    add,
+    check_methods,
+    described,
+    find,
+    in_order,
+    register,
+)
+from ._student import Student
 
-Method = Callable[[Sequence[Upload], Settings, Store], Outcome]
+# The comparison, in the order of its tables: the name of a method is that of its file.
+SHIPPED = (
+    "fedmitr",
+    "fedavg",
+    "fdafl",
+    "fadi",
+    "dense",
+    "co_boosting",
+    "fedftg",
+    "fusefl",
+    "ensemble",
+    "local",
+    "central",
+)
+add(*(import_module(f".{name}", __name__).METHOD for name in SHIPPED))
 
-METHODS: dict[str, Method] = {
-    "fedmitr": fedmitr,
-    "fedavg": fedavg,
-    "fdafl": fdafl,
-    "fadi": fadi,
-    "dense": dense,
-    "co_boosting": co_boosting,
-    "fedftg": fedftg,
-    "fusefl": fusefl,
-    "ensemble": ensemble,
-    "local": local,
-    "central": central,
-}
+__all__ = [
+    "FAMILIES",
+    "METHODS",
+    "Method",
+    "Outcome",
+    "Range",
+    "Student",
+    "Work",
+    "check_methods",
+    "described",
+    "find",
+    "in_order",
+    "register",
+]

@@ -22,50 +22,72 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..blocks import CoBoostingSettings
-from ..distill import epochs
-from ..ensemble import Ensemble, combine, held_classes
-from ..inversion import balanced_labels
-from ..runtime import device, generator, progress, timed
+from ..core.machine import device
+from ..core.store import Store
+from ..server.ensemble import Ensemble, combine
+from ..server.views import epochs
 from ..settings import Settings
-from ..store import Store
+from ..settings.schema import NotNegative, Share, setting
 from ..upload import Upload
-from .generator import divergence, learned_batch
-from .outcome import Outcome
-from .rounds import Student, budget, portions, stored
+from ._generator import (
+    Generation,
+    balanced_targets,
+    distil_generated,
+    divergence,
+    generator_search,
+    generator_work,
+    learned_batch,
+)
+from ._method import Method, Outcome
+from ._student import CALIBRATE, CE_WEIGHT, Student
+from .dense import DenseSettings
 
 ODS_TEMPERATURE = 4.0  # of the prediction that the perturbation moves, as published
-ON = "mean_logits"  # the weights combine logits
+MODE = "mean_logits"  # the weights combine logits
+
+
+class CoBoostingSettings(DenseSettings):
+    """Co-Boosting: DENSE on hard samples, with an ensemble whose weights are learned."""
+
+    ce_weight: NotNegative = setting(0.0, CE_WEIGHT)
+    calibrate: NotNegative = setting(0.0, CALIBRATE)
+    hardness: NotNegative = setting(1.0, "exponent of (1 − p_y) in the hard-sample loss", "Co-Boosting")
+    perturbation: NotNegative = setting(
+        8 / 255, "step of the adversarial perturbation, of full brightness", "Co-Boosting"
+    )
+    weight_step: NotNegative = setting(0.002, "step μ of the ensemble's weights", "Co-Boosting: 0.01")
+    weight_decay: Share = setting(0.99, "factor of μ from round to round", "Co-Boosting")
 
 
 def co_boosting(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
     """Uploads to one global model, by rounds of generation, reweighting and distillation."""
-    return stored("co_boosting", uploads, settings, store, partial(_rounds, uploads, settings))
+    return distil_generated("co_boosting", uploads, settings, store, partial(_begin, uploads, settings))
 
 
-def _rounds(uploads: Sequence[Upload], settings: Settings) -> Outcome:
-    own, seconds = settings.co_boosting, {}
-    images, steps = budget(settings, own)
-    rng = generator(settings.seed, "co_boosting")
-    student = Student(uploads, settings, "co_boosting", steps, partial(perturb, settings=own, rng=rng))
+def _begin(
+    uploads: Sequence[Upload],
+    settings: Settings,
+    student: Student,
+    counts: Sequence[int],
+    rng: torch.Generator,
+    progress: Callable[[int], object],
+) -> Generation:
+    own, batch_size = settings.co_boosting, settings.distill.batch_size
     teacher = student.ensemble
-    teacher.mode = ON
-    held = held_classes(uploads)
-    targets = held[balanced_labels(images, len(held), rng)]
-    rounds = min(own.rounds, images)
-    with progress(rounds * own.generator_steps + steps, "Co-Boosting", "step") as bar:
-        shares = zip(targets.split(portions(images, rounds)), portions(steps, rounds), strict=True)
-        for index, (labels, share) in enumerate(shares):
-            labels = labels.to(device())
-            with timed(seconds, "generation"):
-                loss = partial(generator_loss, teacher, student.logits, own)
-                made = learned_batch(student.vit, labels, loss, own, rng, bar.update)
-                student.add(made, labels)
-                rate = own.weight_step * own.weight_decay**index
-                teacher.weights = reweigh(teacher.weights, student, rate, settings.distill.batch_size, rng)
-            with timed(seconds, "distillation"):
-                student.learn(share, lambda logits, _: teacher.combine(logits), bar.update)
-    return Outcome([student.vit], seconds, student.images, steps)
+    teacher.mode = MODE
+    student.change = partial(perturb, settings=own, rng=rng)
+    targets = balanced_targets(uploads, counts, rng)
+    loss = partial(generator_loss, teacher, student.logits, own)
+
+    def make(index: int) -> tuple[Tensor, Tensor]:
+        labels = targets[index].to(device())
+        return learned_batch(student.vit, labels, loss, own, rng, progress), labels
+
+    def boost(index: int) -> None:
+        rate = own.weight_step * own.weight_decay**index
+        teacher.weights = reweigh(teacher.weights, student, rate, batch_size, rng)
+
+    return Generation(make, before_learning=boost)
 
 
 def generator_loss(
@@ -76,8 +98,8 @@ def generator_loss(
     labels: Tensor,
 ) -> Tensor:
     """Hard-sample-weighted cross-entropy less λ·mean T²·KL(A_w ‖ student)."""
-    teacher, of_student = ensemble(images), student(images)
-    gap = divergence(teacher, of_student, settings.temperature).mean()
+    teacher, student_logits = ensemble(images), student(images)
+    gap = divergence(teacher, student_logits, settings.temperature).mean()
     return hard_loss(teacher, labels, settings.hardness) - settings.disagreement * gap
 
 
@@ -113,6 +135,23 @@ def reweigh(weights: Tensor, student: Student, rate: float, batch_size: int, rng
 def weight_step(weights: Tensor, logits: Tensor, labels: Tensor, rate: float) -> Tensor:
     """w ← clip(w − rate·sign ∂CE(A_w, y)/∂w, 0, 1); weights (K, 1) or (K, C), logits (K, B, C)."""
     weights = weights.detach().requires_grad_(True)
-    loss = F.nll_loss(combine(logits, weights, ON), labels)
+    loss = F.nll_loss(combine(logits, weights, MODE), labels)
     (gradient,) = torch.autograd.grad(loss, weights)
     return (weights.detach() - rate * gradient.sign()).clamp(0, 1)
+
+
+METHOD = Method(
+    name="co_boosting",
+    run=co_boosting,
+    label="Co-Boosting",
+    citation="Dai et al., ICLR 2024",
+    settings=CoBoostingSettings,
+    search={
+        **generator_search("co_boosting"),
+        "co_boosting.disagreement": (0.0, 0.3, 1.0, 3.0, 10.0),
+        "co_boosting.hardness": (0.0, 0.5, 1.0, 2.0),
+        "co_boosting.perturbation": (0.0, 4 / 255, 8 / 255, 16 / 255),
+        "co_boosting.weight_step": (0.0, 0.002, 0.01, 0.05),
+    },
+    work=lambda settings: generator_work(settings, settings.co_boosting),
+)

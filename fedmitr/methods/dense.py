@@ -19,45 +19,62 @@ the images' labels enter the student's loss (`dense.ce_weight`) and give A class
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..blocks import DenseSettings
-from ..ensemble import Ensemble, held_classes
-from ..inversion import balanced_labels
-from ..runtime import device, generator, progress, timed
+from ..core.machine import device
+from ..core.store import Store
+from ..server.ensemble import Ensemble
 from ..settings import Settings
-from ..store import Store
+from ..settings.schema import NotNegative, Positive, setting
 from ..upload import Upload
-from .generator import divergence, learned_batch
-from .outcome import Outcome
-from .rounds import Student, budget, portions, stored
+from ._generator import (
+    Generation,
+    GeneratorSettings,
+    balanced_targets,
+    distil_generated,
+    divergence,
+    generator_search,
+    generator_work,
+    learned_batch,
+)
+from ._method import Method, Outcome, Range
+from ._student import CALIBRATE, CE_WEIGHT, Student
+
+
+class DenseSettings(GeneratorSettings):
+    """DENSE: images of given classes on which student and ensemble still disagree."""
+
+    ce_weight: NotNegative = setting(0.25, CE_WEIGHT)
+    calibrate: NotNegative = setting(0.02, CALIBRATE)
+    disagreement: NotNegative = setting(
+        1.0, "weight of the boundary-support loss", "DENSE, in Co-Boosting's code"
+    )
+    temperature: Positive = setting(3.0, "T of that loss", "DENSE, in Co-Boosting's code")
 
 
 def dense(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
     """Uploads to one global model, by rounds of generation and distillation."""
-    return stored("dense", uploads, settings, store, partial(_rounds, uploads, settings))
+    return distil_generated("dense", uploads, settings, store, partial(_begin, uploads, settings.dense))
 
 
-def _rounds(uploads: Sequence[Upload], settings: Settings) -> Outcome:
-    own, seconds = settings.dense, {}
-    images, steps = budget(settings, own)
-    student = Student(uploads, settings, "dense", steps)
-    rng = generator(settings.seed, "dense")
-    held = held_classes(uploads)
-    targets = held[balanced_labels(images, len(held), rng)]
-    rounds = min(own.rounds, images)
-    with progress(rounds * own.generator_steps + steps, "DENSE", "step") as bar:
-        shares = zip(targets.split(portions(images, rounds)), portions(steps, rounds), strict=True)
-        for labels, share in shares:
-            labels = labels.to(device())
-            with timed(seconds, "generation"):
-                loss = partial(generator_loss, student.ensemble, student.logits, own)
-                made = learned_batch(student.vit, labels, loss, own, rng, bar.update)
-            with timed(seconds, "distillation"):
-                student.add(made, labels)
-                student.learn(share, lambda logits, _: student.ensemble.combine(logits), bar.update)
-    return Outcome([student.vit], seconds, student.images, steps)
+def _begin(
+    uploads: Sequence[Upload],
+    own: DenseSettings,
+    student: Student,
+    counts: Sequence[int],
+    rng: torch.Generator,
+    progress: Callable[[int], object],
+) -> Generation:
+    targets = balanced_targets(uploads, counts, rng)
+    loss = partial(generator_loss, student.ensemble, student.logits, own)
+
+    def make(index: int) -> tuple[Tensor, Tensor]:
+        labels = targets[index].to(device())
+        return learned_batch(student.vit, labels, loss, own, rng, progress), labels
+
+    return Generation(make)
 
 
 def generator_loss(
@@ -68,7 +85,22 @@ def generator_loss(
     labels: Tensor,
 ) -> Tensor:
     """CE(A(x), y) − λ·mean ω·T²·KL(A ‖ student), ω the images on which the two differ."""
-    teacher, of_student = ensemble(images), student(images)
-    differ = (teacher.argmax(1) != of_student.argmax(1)).to(teacher)
-    boundary = (differ * divergence(teacher, of_student, settings.temperature)).mean()
+    teacher, student_logits = ensemble(images), student(images)  # (B, C) each
+    differ = (teacher.argmax(1) != student_logits.argmax(1)).to(teacher)  # (B,)
+    boundary = (differ * divergence(teacher, student_logits, settings.temperature)).mean()
     return F.nll_loss(teacher, labels) - settings.disagreement * boundary
+
+
+METHOD = Method(
+    name="dense",
+    run=dense,
+    label="DENSE",
+    citation="Zhang et al., NeurIPS 2022",
+    settings=DenseSettings,
+    search={
+        **generator_search("dense"),
+        "dense.disagreement": (0.0, 0.3, 1.0, 3.0, 10.0),
+        "dense.temperature": Range(1.0, 20.0, log=True),
+    },
+    work=lambda settings: generator_work(settings, settings.dense),
+)

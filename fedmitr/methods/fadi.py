@@ -19,14 +19,41 @@ one client that the image is asked of, as in FedMITR.
 from collections.abc import Sequence
 from functools import partial
 
-from ..ensemble import held_classes
-from ..inversion import invert, label_batches
-from ..runtime import derive_seed, device, progress, timed
+from ..core.machine import device
+from ..core.progress import progress
+from ..core.rng import derive_seed
+from ..core.store import Store
+from ..server.ensemble import held_classes
+from ..server.inversion import invert
+from ..server.synthetic import label_batches
 from ..settings import Settings
-from ..store import Store
+from ..settings.schema import Count, InversionSettings, NotNegative, setting
 from ..upload import Upload
-from .outcome import Outcome
-from .rounds import Student, portions, stored
+from ._method import Method, Outcome, Work
+from ._student import (
+    CALIBRATE,
+    CE_WEIGHT,
+    Images,
+    Student,
+    StudentSettings,
+    alternate,
+    stored,
+    student_search,
+)
+
+
+class FadiSettings(StudentSettings):
+    """F-ADI: dense DeepInversion against a growing student, then distillation."""
+
+    ce_weight: NotNegative = setting(0.25, CE_WEIGHT)
+    calibrate: NotNegative = setting(0.02, CALIBRATE)
+    rounds: Count = setting(2, "times that inversion and distillation alternate", "choice")
+    iterations: Count = setting(
+        62, "steps of the optimiser; no fewer patch-steps than FedMITR's sparse ones", "ADI: 2000"
+    )
+    competition: NotNegative = setting(
+        1.0, "weight of 1 − JS(teacher, student) in the inversion loss", "choice"
+    )
 
 
 def fadi(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
@@ -34,32 +61,64 @@ def fadi(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome
     return stored("fadi", uploads, settings, store, partial(_rounds, uploads, settings))
 
 
+def dense_inversion(settings: Settings) -> InversionSettings:
+    """The run's inversion without stops, for F-ADI's own number of iterations."""
+    own = {"stop_at": (), "stop_ratio": (), "iterations": settings.fadi.iterations}
+    return settings.inversion.model_copy(update=own)
+
+
 def _rounds(uploads: Sequence[Upload], settings: Settings) -> Outcome:
-    own, seconds, steps = settings.fadi, {}, settings.distill.steps
-    dense = settings.inversion.model_copy(
-        update={"stop_at": (), "stop_ratio": (), "iterations": own.iterations}
-    )
+    own, dense, steps = settings.fadi, dense_inversion(settings), settings.distill.steps
     student = Student(uploads, settings, "fadi", steps)
     batches = list(enumerate(label_batches(dense, held_classes(uploads), settings.seed)))
     rounds = min(own.rounds, len(batches))
+    shares = shared_out(batches, rounds)
     with progress(len(batches) * dense.iterations + steps, "F-ADI", "step") as bar:
-        for share in portions(steps, rounds):
-            size = -(-len(batches) // rounds)
-            now, batches, rounds = batches[:size], batches[size:], rounds - 1
-            for index, labels in now:
-                with timed(seconds, "inversion"):
-                    made = invert(
-                        student.ensemble,
-                        labels.to(device()),
-                        dense,
-                        derive_seed(settings.seed, "fadi", index),
-                        rival=student.frozen,
-                        competition=own.competition,
-                        recorded=0,
-                        progress=bar.update,
-                    )
-                with timed(seconds, "distillation"):
-                    student.add(made.pixels, made.labels)
-            with timed(seconds, "distillation"):
-                student.learn(share, lambda logits, _: student.ensemble.combine(logits), bar.update)
-    return Outcome([student.vit], seconds, student.images, steps)
+
+        def make(index: int) -> Images:
+            for batch, labels in shares[index]:
+                made = invert(
+                    student.ensemble,
+                    labels.to(device()),
+                    dense,
+                    derive_seed(settings.seed, "fadi", batch),
+                    opponent=student.frozen,
+                    competition=own.competition,
+                    recorded=0,
+                    progress=bar.update,
+                )
+                yield made.pixels, made.labels
+
+        return alternate(student, make, steps, rounds, stage="inversion", progress=bar.update)
+
+
+def shared_out(batches: list, rounds: int) -> list[list]:
+    """Batches in consecutive parts, one a round, as equal as can be, larger first."""
+    parts = []
+    for left in range(rounds, 0, -1):
+        size = -(-len(batches) // left)
+        parts.append(batches[:size])
+        batches = batches[size:]
+    return parts
+
+
+METHOD = Method(
+    name="fadi",
+    run=fadi,
+    label="F-ADI",
+    citation="Yin et al., CVPR 2020, with the ensemble as the teacher",
+    settings=FadiSettings,
+    search={
+        **student_search("fadi"),
+        "fadi.rounds": (1, 2, 4),
+        "fadi.iterations": (31, 62, 124),
+        "fadi.competition": (0.0, 0.3, 1.0, 3.0),
+    },
+    work=lambda settings: Work(
+        images=settings.inversion.images,
+        inversion=dense_inversion(settings),
+        student_inverted=settings.fadi.competition > 0,
+        student_steps=settings.distill.steps,
+        calibrate=settings.fadi.calibrate,
+    ),
+)

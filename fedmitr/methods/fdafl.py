@@ -15,52 +15,68 @@ CNN. The entropy is in nats. Images are balanced by it alone: nobody asks for a 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..blocks import FdaflSettings
-from ..ensemble import Ensemble
-from ..runtime import autocast, generator, progress, timed
+from ..core.machine import autocast
+from ..core.store import Store
+from ..server.ensemble import Ensemble
 from ..settings import Settings
-from ..store import Store
+from ..settings.schema import Count, NotNegative, setting
 from ..upload import Upload
-from ..vit import patch_features, read_by_head
-from .generator import Generator, make_adam, noise, take_step
-from .outcome import Outcome
-from .rounds import Student, budget, portions, stored
+from ..vision.tokens import patch_features, read_by_head
+from ._generator import (
+    Generation,
+    Generator,
+    GeneratorSettings,
+    distil_generated,
+    generator_search,
+    generator_work,
+    make_adam,
+    noise,
+    take_step,
+)
+from ._method import Method, Outcome
+from ._student import Student
+
+
+class FdaflSettings(GeneratorSettings):
+    """F-DAFL: a generator whose images excite the ensemble, each one class, all classes alike."""
+
+    batch_size: Count = setting(64, "images of a generator step", "DAFL: 512")
+    activation: NotNegative = setting(0.1, "weight α of the teacher's mean absolute feature", "DAFL")
+    entropy: NotNegative = setting(5.0, "weight β of the batch's class entropy", "DAFL")
 
 
 def fdafl(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
     """Uploads to one global model, by rounds of generation and distillation."""
-    return stored("fdafl", uploads, settings, store, partial(_rounds, uploads, settings))
+    return distil_generated("fdafl", uploads, settings, store, partial(_begin, settings.fdafl))
 
 
-def _rounds(uploads: Sequence[Upload], settings: Settings) -> Outcome:
-    own, seconds = settings.fdafl, {}
-    images, steps = budget(settings, own)
-    student = Student(uploads, settings, "fdafl", steps)
-    rng = generator(settings.seed, "fdafl")
-    maker = Generator(student.vit, own, rng)
-    optimizer = make_adam(maker.parameters(), own)
-    rounds = min(own.rounds, images)
-    with progress(rounds * own.generator_steps + steps, "F-DAFL", "step") as bar:
-        for count, share in zip(portions(images, rounds), portions(steps, rounds), strict=True):
-            with timed(seconds, "generation"):
-                for _ in range(own.generator_steps):
-                    made = maker(noise(own.batch_size, own, rng))
-                    take_step(optimizer, generator_loss(*excite(student.ensemble, made), own), maker)
-                    bar.update(1)
-                with torch.no_grad():
-                    made = maker(noise(count, own, rng))
-                    labels = student.ensemble(made).argmax(1)
-            with timed(seconds, "distillation"):
-                student.add(made, labels)
-                student.learn(share, lambda logits, _: student.ensemble.combine(logits), bar.update)
-    return Outcome([student.vit], seconds, student.images, steps)
+def _begin(
+    own: FdaflSettings,
+    student: Student,
+    counts: Sequence[int],
+    rng: torch.Generator,
+    progress: Callable[[int], object],
+) -> Generation:
+    generator = Generator(student.vit, own, rng)
+    optimizer = make_adam(generator.parameters(), own)
+
+    def make(index: int) -> tuple[Tensor, Tensor]:
+        for _ in range(own.generator_steps):
+            images = generator(noise(own.batch_size, own, rng))  # (B, ch, H, W)
+            take_step(optimizer, generator_loss(*excite(student.ensemble, images), own), generator)
+            progress(1)
+        with torch.no_grad():
+            images = generator(noise(counts[index], own, rng))
+            return images, student.ensemble(images).argmax(1)
+
+    return Generation(make)
 
 
 def excite(ensemble: Ensemble, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,3 +99,18 @@ def generator_loss(log_probs: Tensor, features: Tensor, settings: FdaflSettings)
     mean = (log_probs.logsumexp(0) - math.log(len(log_probs))).clamp(min=-1e3)  # its log, never -inf
     entropy = -(mean.exp() * mean).sum()
     return one_hot - settings.activation * features.abs().mean() - settings.entropy * entropy
+
+
+METHOD = Method(
+    name="fdafl",
+    run=fdafl,
+    label="F-DAFL",
+    citation="Chen et al., ICCV 2019, with the ensemble as the teacher",
+    settings=FdaflSettings,
+    search={
+        **generator_search("fdafl"),
+        "fdafl.activation": (0.0, 0.03, 0.1, 0.3),
+        "fdafl.entropy": (1.0, 5.0, 20.0),
+    },
+    work=lambda settings: generator_work(settings, settings.fdafl),
+)

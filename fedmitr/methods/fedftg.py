@@ -20,56 +20,74 @@ that of every other method; the student's start, views and optimiser are those o
 squared, as in the official code.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..blocks import FedftgSettings
-from ..ensemble import class_weights, histograms
-from ..runtime import device, generator, progress, timed
+from ..core.machine import device
+from ..core.store import Store
+from ..server.ensemble import class_weights, histograms
 from ..settings import Settings
-from ..store import Store
+from ..settings.schema import Count, NotNegative, Positive, setting
 from ..upload import Upload
-from .generator import Generator, make_adam, noise, take_step
-from .outcome import Outcome
-from .rounds import Student, budget, portions, stored
+from ._generator import (
+    Generation,
+    Generator,
+    GeneratorSettings,
+    distil_generated,
+    generator_search,
+    generator_work,
+    make_adam,
+    noise,
+    take_step,
+)
+from ._method import Method, Outcome
+from ._student import Student
+
+
+class FedftgSettings(GeneratorSettings):
+    """FedFTG: a class-conditional generator of hard samples for the averaged model."""
+
+    batch_size: Count = setting(64, "images of a generator step", "FedFTG: 50")
+    lr: Positive = setting(1e-3, "Adam's learning rate of the generator")
+    classification: NotNegative = setting(1.0, "weight λ_cls of the class-level cross-entropy", "FedFTG")
+    diversity: NotNegative = setting(1.0, "weight λ_dis of the diversity loss", "FedFTG")
 
 
 def fedftg(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
     """Uploads, with their class histograms, to one global model."""
-    return stored("fedftg", uploads, settings, store, partial(_rounds, uploads, settings))
+    histograms(uploads)  # BadInput where one lacks it, before any work
+    return distil_generated("fedftg", uploads, settings, store, partial(_begin, uploads, settings.fedftg))
 
 
-def _rounds(uploads: Sequence[Upload], settings: Settings) -> Outcome:
-    own, seconds = settings.fedftg, {}
-    images, steps = budget(settings, own)
-    known, totals = class_weights(uploads).to(device()), histograms(uploads).sum(0)
-    student = Student(uploads, settings, "fedftg", steps)
-    rng = generator(settings.seed, "fedftg")
-    maker = Generator(student.vit, own, rng, conditional=True)
-    optimizer = make_adam(maker.parameters(), own)
-    rounds = min(own.rounds, images)
-    with progress(rounds * own.generator_steps + steps, "FedFTG", "step") as bar:
-        for count, share in zip(portions(images, rounds), portions(steps, rounds), strict=True):
-            with timed(seconds, "generation"):
-                for _ in range(own.generator_steps):
-                    z, labels = noise(own.batch_size, own, rng), sample_labels(totals, own.batch_size, rng)
-                    made = maker(z, labels)
-                    of_clients, of_student = student.ensemble.logits(made), student.logits(made)
-                    loss = generator_loss(of_clients, of_student, labels, known, own)
-                    loss = loss + own.diversity * likeness(z, made)
-                    take_step(optimizer, loss, maker)
-                    bar.update(1)
-                labels = sample_labels(totals, count, rng)
-                with torch.no_grad():
-                    made = maker(noise(count, own, rng), labels)
-            with timed(seconds, "distillation"):
-                student.add(made, labels)
-                student.learn(share, partial(class_ensemble, known=known), bar.update)
-    return Outcome([student.vit], seconds, student.images, steps)
+def _begin(
+    uploads: Sequence[Upload],
+    own: FedftgSettings,
+    student: Student,
+    counts: Sequence[int],
+    rng: torch.Generator,
+    progress: Callable[[int], object],
+) -> Generation:
+    known, totals = class_weights(uploads).to(device()), histograms(uploads).sum(0)  # (K, C), (C,)
+    generator = Generator(student.vit, own, rng, conditional=True)
+    optimizer = make_adam(generator.parameters(), own)
+
+    def make(index: int) -> tuple[Tensor, Tensor]:
+        for _ in range(own.generator_steps):
+            z, labels = noise(own.batch_size, own, rng), sample_labels(totals, own.batch_size, rng)
+            images = generator(z, labels)  # (B, ch, H, W)
+            logits = student.ensemble.logits(images), student.logits(images)  # (K, B, C), (B, C)
+            loss = generator_loss(*logits, labels, known, own) + own.diversity * likeness(z, images)
+            take_step(optimizer, loss, generator)
+            progress(1)
+        labels = sample_labels(totals, counts[index], rng)
+        with torch.no_grad():
+            return generator(noise(counts[index], own, rng), labels), labels
+
+    return Generation(make, teacher=partial(class_ensemble, known=known))
 
 
 def sample_labels(totals: Tensor, count: int, rng: torch.Generator) -> Tensor:
@@ -83,19 +101,35 @@ def class_ensemble(logits: Tensor, labels: Tensor, known: Tensor) -> Tensor:
 
 
 def generator_loss(
-    logits: Tensor, of_student: Tensor, labels: Tensor, known: Tensor, settings: FedftgSettings
+    logits: Tensor, student_logits: Tensor, labels: Tensor, known: Tensor, settings: FedftgSettings
 ) -> Tensor:
-    """λ_cls·L_cls − L_md, means over the batch; logits (K, B, C), of_student (B, C)."""
-    of_clients, weights = logits.log_softmax(dim=-1), known[:, labels]
-    apart = (of_clients.exp() * (of_clients - of_student.log_softmax(dim=-1))).sum(dim=-1)
-    right = F.nll_loss(of_clients.flatten(0, 1), labels.repeat(len(logits)), reduction="none")
+    """λ_cls·L_cls − L_md, means over the batch; logits (K, B, C), student_logits (B, C)."""
+    client_log_probs, weights = logits.log_softmax(dim=-1), known[:, labels]
+    apart = (client_log_probs.exp() * (client_log_probs - student_logits.log_softmax(dim=-1))).sum(dim=-1)
+    right = F.nll_loss(client_log_probs.flatten(0, 1), labels.repeat(len(logits)), reduction="none")
     classification = (weights * right.view_as(weights)).sum(0).mean()
     return settings.classification * classification - (weights * apart).sum(0).mean()
 
 
 def likeness(z: Tensor, images: Tensor) -> Tensor:
     """exp(−mean_ij ‖z_i − z_j‖²·‖x_i − x_j‖₁): 1 where all images are one, less the more they differ."""
-    of_noise = torch.cdist(z, z).square() / z.shape[1]
+    noise_distances = torch.cdist(z, z).square() / z.shape[1]
     flat = images.flatten(1)
-    of_images = torch.cdist(flat, flat, p=1) / flat.shape[1]
-    return (-of_noise * of_images).mean().exp()
+    image_distances = torch.cdist(flat, flat, p=1) / flat.shape[1]
+    return (-noise_distances * image_distances).mean().exp()
+
+
+METHOD = Method(
+    name="fedftg",
+    run=fedftg,
+    label="FedFTG",
+    citation="Zhang et al., CVPR 2022",
+    settings=FedftgSettings,
+    search={
+        **generator_search("fedftg"),
+        "fedftg.classification": (0.3, 1.0, 3.0),
+        "fedftg.diversity": (0.0, 1.0, 3.0),
+    },
+    work=lambda settings: generator_work(settings, settings.fedftg),
+    needs_counts=True,
+)

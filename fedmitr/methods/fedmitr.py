@@ -12,17 +12,20 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from tqdm.auto import tqdm
 
-from ..distill import distill
-from ..ensemble import held_classes
-from ..inversion import SyntheticSet, invert, label_batches, load_synthetic, save_synthetic
-from ..parallel import parallel, spreads
-from ..runtime import derive_seed, device, progress
+from ..core.machine import device
+from ..core.processes import parallel, spreads
+from ..core.progress import progress
+from ..core.rng import derive_seed
+from ..core.store import Store, fingerprint, read_tensors, write_tensors
+from ..server.distill import distill
+from ..server.ensemble import held_classes
+from ..server.inversion import invert
+from ..server.synthetic import SyntheticSet, label_batches, load_synthetic, save_synthetic
 from ..settings import Settings
-from ..store import Store, fingerprint, read_tensors, write_tensors
 from ..upload import Upload
-from ..vit import weights_digest
-from .outcome import Outcome
-from .rounds import global_shape, student_start, teacher
+from ..vision.vit import weights_digest
+from ._method import Method, Outcome, Range, Work
+from ._student import build_ensemble, global_shape, student_start
 
 
 def fedmitr(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
@@ -33,7 +36,7 @@ def fedmitr(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outc
     before: dict[str, float] = {}
     if settings.distill.group:
         uploads, before = in_groups(uploads, settings, store)
-        settings = ungrouped(settings)
+        settings = settings.changed({"distill.group": None})
     synthetic = synthetic_set(uploads, settings, store)
     model = global_model(uploads, synthetic, settings, store)
     seconds = {
@@ -60,7 +63,7 @@ def in_groups(
         if len(group) == 1:
             made += group
             continue
-        outcome = fedmitr(group, ungrouped(settings), store)
+        outcome = fedmitr(group, settings.changed({"distill.group": None}), store)
         seconds.append(outcome.seconds)
         counts = None
         if all(u.class_counts is not None for u in group):
@@ -69,10 +72,6 @@ def in_groups(
         shape = global_shape(group, settings)
         made.append(Upload(group[0].client, sum(u.size for u in group), shape, weights, counts))
     return made, add_up(seconds)
-
-
-def ungrouped(settings: Settings) -> Settings:
-    return settings.model_copy(update={"distill": settings.distill.model_copy(update={"group": None})})
 
 
 def add_up(parts: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -119,7 +118,7 @@ def _batch(
     before = bar.n
 
     def make() -> SyntheticSet:
-        ensemble = teacher(uploads, settings)
+        ensemble = build_ensemble(uploads, settings)
         labels = label_batches(settings.inversion, held_classes(uploads), settings.seed)[index]
         return invert(
             ensemble,
@@ -156,7 +155,7 @@ def global_model(
     student = student_start(uploads, settings)
 
     def make() -> VisionTransformer:
-        ensemble = teacher(uploads, settings)
+        ensemble = build_ensemble(uploads, settings)
         with progress(settings.distill.steps, "distillation", "step") as bar:
             return distill(
                 student,
@@ -176,3 +175,28 @@ def global_model(
         write_tensors(model.state_dict(), folder / "weights.safetensors")
 
     return store.get("global", distill_key(uploads, settings), read, make, write)
+
+
+METHOD = Method(
+    name="fedmitr",
+    run=fedmitr,
+    label="FedMITR",
+    citation="arXiv 2605.10748, with our additions",
+    search={
+        "inversion.tv": Range(1e-4, 1e-2, log=True),
+        "inversion.lr": Range(0.1, 1.0, log=True),
+        "inversion.augment": (0.0, 0.35, 0.7, 1.0),
+        "distill.lr": Range(1e-4, 2e-3, log=True),
+        "distill.ce_weight": (0.0, 0.1, 0.25, 0.5, 1.0),
+        "distill.calibrate": (0.0, 0.005, 0.02, 0.1),
+        "distill.token_weight": (0.0, 0.05, 0.1, 0.5),
+        "relabel.foreground_soft": (0.0, 0.25, 0.5, 1.0),
+    },
+    work=lambda settings: Work(
+        images=settings.inversion.images,
+        inversion=settings.inversion,
+        student_steps=settings.distill.steps,
+        calibrate=settings.distill.calibrate,
+        group=settings.distill.group,
+    ),
+)

@@ -27,16 +27,17 @@ What a ViT changed:
 from collections.abc import Sequence
 from typing import Protocol
 
-from safetensors.torch import save
 from torch import Tensor
 
-from ..ensemble import client_weights
-from ..fuse import Fused, check_arrays
-from ..runtime import device, timed
+from ..core.machine import device
+from ..core.progress import timed
+from ..core.store import Store
+from ..server.ensemble import client_weights
+from ..server.fused import Fused
 from ..settings import Settings
-from ..store import Store
-from ..upload import Card, ModelShape, check_same_shape
-from .outcome import Outcome
+from ..settings.schema import FuseflSettings
+from ..upload import Card, ModelShape, check_arrays, check_same_shape, wire_bytes
+from ._method import Method, Outcome
 
 
 class Client(Protocol):
@@ -65,30 +66,25 @@ def fusefl(clients: Sequence[Client], settings: Settings, store: Store) -> Outco
     weights = client_weights(clients, settings.ensemble.mode)
     fused = Fused([shape.build() for _ in clients], settings.fusefl, weights, settings.ensemble.mode)
     up = sum(card_bytes(c, counted) for c in clients)
-    down = len(clients) * message_bytes(fused.members[0].state_dict())
+    down = len(clients) * wire_bytes(fused.members[0].state_dict())
     received: dict[str, Tensor] = {}
     seconds: dict[str, float] = {}
     for stage in range(stages):
-        messages = [ask(client, stage, received, fused) for client in clients]
-        up += sum(message_bytes(message) for message in messages)
+        messages = [stage_message(client, stage, received, fused) for client in clients]
+        up += sum(wire_bytes(message) for message in messages)
         with timed(seconds, "fusing"):
             fused.take(stage, messages, sizes)
         if stage < stages - 1:
             received = fused.part(stage)
-            down += len(clients) * message_bytes(received)
+            down += len(clients) * wire_bytes(received)
     return Outcome([fused.to(device())], seconds, exchanges=stages, uplink_bytes=up, downlink_bytes=down)
 
 
-def ask(client: Client, stage: int, received: dict[str, Tensor], fused: Fused) -> dict[str, Tensor]:
-    """One client's message of a stage, checked on arrival."""
+def stage_message(client: Client, stage: int, received: dict[str, Tensor], fused: Fused) -> dict[str, Tensor]:
+    """Have one client train a stage, and check its message on arrival."""
     message = client.train_stage(stage, received)
     check_arrays(f"stage {stage} of client {client.client}", message, fused.expected(stage))
     return message
-
-
-def message_bytes(arrays: dict[str, Tensor]) -> int:
-    """Bytes of a message on the wire, as safetensors."""
-    return len(save({name: value.contiguous() for name, value in arrays.items()}))
 
 
 def card_bytes(client: Client, counted: bool) -> int:
@@ -96,3 +92,18 @@ def card_bytes(client: Client, counted: bool) -> int:
     counts = client.class_counts if counted else None
     card = Card(client=client.client, size=client.size, shape=client.shape, class_counts=counts)
     return len(card.model_dump_json().encode())
+
+
+METHOD = Method(
+    name="fusefl",
+    run=fusefl,
+    label="FuseFL",
+    family="fusion",
+    citation="Tang et al., NeurIPS 2024",
+    settings=FuseflSettings,
+    search={"fusefl.stages": (1, 2, 4), "fusefl.adaptor": ("average", "linear")},
+    given="clients",
+    averages=True,
+    single_model=False,
+    exchanges="fusefl.stages",
+)

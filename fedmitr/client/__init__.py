@@ -1,0 +1,1 @@
+"""Step 1: a shard of images becomes one upload."""

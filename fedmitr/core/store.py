@@ -1,0 +1,140 @@
+"""A content-addressed store: an artefact's address is the hash of everything that made it.
+
+An artefact is a folder, written aside and moved into place in one step, so that what exists is
+whole, a killed run leaves nothing half-made, and two runs at once do not disturb each other.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy
+import pandas as pd
+import sklearn
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import BadInput
+from .machine import device, native_bf16
+
+SECONDS = "seconds.json"
+FORMAT = 4  # raised when a stage computes something else under the same settings
+Artefact = TypeVar("Artefact")
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short stable hash of JSON-able parts, library versions, device, threads and artefact format."""
+    # another number of threads rounds differently; precision=auto is what the machine has
+    machine = [device().type, torch.get_num_threads(), native_bf16()]
+    made_with = [FORMAT, *machine, *(m.__version__ for m in (numpy, sklearn, timm, torch))]
+    text = json.dumps([made_with, *parts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """Make a folder; BadInput, naming the setting, when it cannot be made or written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BadInput(f"{setting} cannot be written: {error.strerror or error}") from None
+
+
+class Store:
+    """Artefacts under one folder, addressed by stage and key."""
+
+    def __init__(self, root: Path | str) -> None:
+        """Raises BadInput when the folder cannot be made or written."""
+        if not str(root).strip():
+            raise BadInput("store='' is empty: give the path of a folder")
+        self.root = Path(root)
+        check_writable(self.root, f"store={str(root)!r}")
+
+    def path(self, stage: str, key: str) -> Path:
+        return self.root / stage / key
+
+    def has(self, stage: str, key: str) -> bool:
+        return self.path(stage, key).is_dir()
+
+    def put(self, stage: str, key: str, write: Callable[[Path], None]) -> Path:
+        """Let `write` fill a folder, then move it to its address in one step."""
+        target = self.path(stage, key)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=target.parent))
+        aside.chmod(0o755)  # mkdtemp's own is for one user; a store may be shared
+        try:
+            write(aside)
+            os.replace(aside, target)
+        except OSError:
+            if not target.is_dir():  # else another run finished the same artefact first
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return target
+
+    def get(
+        self,
+        stage: str,
+        key: str,
+        read: Callable[[Path], Artefact],
+        make: Callable[[], Artefact],
+        write: Callable[[Artefact, Path], None],
+    ) -> Artefact:
+        """The artefact at an address: read if it is there, else made and written, with its seconds."""
+        if self.has(stage, key):
+            return self.read(stage, key, read)
+        start = time.perf_counter()
+        made = make()
+        seconds = time.perf_counter() - start
+
+        def fill(folder: Path) -> None:
+            write(made, folder)
+            write_json(folder / SECONDS, round(seconds, 3))
+
+        self.put(stage, key, fill)
+        return made
+
+    def read(self, stage: str, key: str, read: Callable[[Path], Artefact]) -> Artefact:
+        """A finished artefact; BadInput, naming the folder to delete, when it is damaged."""
+        folder = self.path(stage, key)
+        try:
+            return read(folder)
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise BadInput(f"{reason}; damaged: delete {folder} to make it again") from None
+
+    def seconds(self, stage: str, key: str) -> float:
+        """How long the artefact took when it was made."""
+        return json.loads((self.path(stage, key) / SECONDS).read_text())
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Plain JSON, replaced in one step."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+    os.replace(aside, path)
+
+
+def write_csv(table: pd.DataFrame, path: Path, digits: int) -> None:
+    """A table without its index, replaced in one step."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    table.to_csv(aside, index=False, float_format=f"%.{digits}f")
+    os.replace(aside, path)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Tensors as safetensors; booleans and integers keep their types."""
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    return load_file(path)

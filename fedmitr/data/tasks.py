@@ -1,0 +1,138 @@
+"""What is learnt: images, labels, splits and, where the task knows it, the true foreground."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from ..core.errors import BadInput
+from ..core.rng import derive_seed, make_rng
+from ..settings.schema import TASKS, TaskSettings
+from .image_sets import IMAGE_SETS
+from .photos import Photos, load_photos
+from .scenes import digit_scenes
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (n, ch, H, W), normalised for the model; labels (n,); true foreground (n, 1, H, W) in {0, 1}.
+
+    Images from files are `Photos`, read when they are indexed. Where the foreground or the domains (n,) of
+    the images are not known, they are None.
+    """
+
+    images: Tensor | Photos
+    labels: Tensor
+    foreground: Tensor | None = None
+    domains: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, index: Tensor) -> "Split":
+        images = self.images.take(index) if isinstance(self.images, Photos) else self.images[index]
+        others = (None if column is None else column[index] for column in (self.foreground, self.domains))
+        return Split(images, self.labels[index], *others)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Train, validation and test split of one task, with the statistics that normalised its pixels.
+
+    digest stands for the files that the images were read from; None where there are none.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    validation: Split
+    test: Split
+    stats: tuple[Tensor, Tensor]
+    digest: str | None = None
+
+
+def load_task(
+    settings: TaskSettings,
+    seed: int,
+    image_size: int,
+    stats: tuple[Tensor, Tensor],
+    cache: Path | None = None,
+) -> Task:
+    """The task's images at image_size pixels, normalised with stats = mean and std, each (ch, 1, 1).
+
+    digits: scikit-learn's 1,797 handwritten digits, each up-sampled and placed once at random scale,
+    rotation and position on smooth random texture. The seed fixes placement, texture and the stratified
+    split. Every other task is read from files, decoded once into the folder `cache` (default: one for this
+    process); its test part is the task's own where it has one.
+    """
+    if settings.name not in TASKS:
+        raise BadInput(f"task.name={settings.name!r} is unknown: allowed are {', '.join(TASKS)}")
+    if settings.name in IMAGE_SETS:
+        return photo_task(settings, seed, image_size, stats, cache)
+    digits = load_digits()
+    labels = torch.tensor(digits.target)
+    clutter = 0.0 if settings.name == "digits-plain" else settings.clutter
+    scenes, foreground = digit_scenes(digits.images, image_size, settings, clutter, make_rng(seed, "scenes"))
+    mean, std = stats
+    whole = Split(((scenes - mean) / std).contiguous(), labels, foreground)
+    parts = stratified_split(digits.target, settings.validation, settings.test, seed)
+    return Task(
+        settings.name, tuple(map(str, digits.target_names)), *cut(whole, parts, settings, seed), stats
+    )
+
+
+def photo_task(
+    settings: TaskSettings, seed: int, image_size: int, stats: tuple[Tensor, Tensor], cache: Path | None
+) -> Task:
+    """A task of images in files; BadInput where training or test would have no image of a class."""
+    album = load_photos(settings, image_size, stats, cache)
+    held = None if album.held is None else np.flatnonzero(album.held.numpy())
+    parts = stratified_split(album.labels.numpy(), settings.validation, settings.test, seed, held)
+    for title, part in (("training", parts[0]), ("test", parts[2])):
+        if lacking := sorted(set(range(len(album.classes))) - set(album.labels[part].tolist())):
+            raise BadInput(
+                f"task.data_dir={settings.data_dir!r} has no {title} image of class "
+                f"{album.classes[lacking[0]]!r}: each class needs one at least in training and test"
+            )
+    whole = Split(album.images, album.labels, domains=album.domains)
+    return Task(settings.name, album.classes, *cut(whole, parts, settings, seed), stats, album.digest)
+
+
+def cut(whole: Split, parts: tuple[np.ndarray, ...], settings: TaskSettings, seed: int) -> list[Split]:
+    """The splits of given indices; of the first, training, at most task.limit images of each class."""
+    train, *others = parts
+    if settings.limit:
+        shuffled = np.random.default_rng(derive_seed(seed, "limit")).permutation(train)
+        labels = whole.labels.numpy()[shuffled]
+        train = np.sort(np.concatenate([shuffled[labels == c][: settings.limit] for c in np.unique(labels)]))
+    return [whole.subset(torch.from_numpy(part)) for part in (train, *others)]
+
+
+def stratified_split(
+    labels: np.ndarray, validation: float, test: float, seed: int, held: np.ndarray | None = None
+) -> tuple[np.ndarray, ...]:
+    """Sorted indices of train, validation and test, each with the classes in equal proportion.
+
+    held: indices of the test images where they are given; validation is then a share of the others.
+    """
+    asked = f"task.validation={validation}"
+    if held is None:
+        asked += f" and task.test={test}"
+        if validation + test >= 1:
+            raise BadInput(f"{asked} leave no training images: sum below 1")
+    everything = np.arange(len(labels))
+    try:
+        if held is None:
+            rest, held = train_test_split(everything, test_size=test, stratify=labels, random_state=seed)
+        else:
+            test, rest = 0.0, np.setdiff1d(everything, held)
+        train, val = train_test_split(
+            rest, test_size=validation / (1 - test), stratify=labels[rest], random_state=seed
+        )
+    except ValueError as error:
+        raise BadInput(f"{asked}: {' '.join(str(error).split())}") from None
+    return np.sort(train), np.sort(val), np.sort(held)

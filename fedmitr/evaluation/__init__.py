@@ -1,0 +1,1 @@
+"""What is measured: accuracy, foreground, operations, bytes, speed."""

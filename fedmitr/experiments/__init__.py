@@ -1,0 +1,1 @@
+"""Settings in, tables out: runs, comparisons, sweeps, statistics."""

@@ -1,0 +1,39 @@
+"""One function a picture: tensors and tables in, a matplotlib Figure out. `save` writes and shows it."""
+
+from . import widgets
+from .accuracies import bars, confidence, panels, per_class
+from .clients import scenes, shard_grid, shards, skew
+from .images import attention, curves, emerging, foreground, frame, generated, places, schedule
+from .labels import overview, token_labels
+from .methods import comparison, costs, weights
+from .scale import projection, scaling
+from .style import save, show
+
+__all__ = [
+    "attention",
+    "bars",
+    "comparison",
+    "confidence",
+    "costs",
+    "curves",
+    "emerging",
+    "foreground",
+    "frame",
+    "generated",
+    "overview",
+    "panels",
+    "per_class",
+    "places",
+    "projection",
+    "save",
+    "scaling",
+    "scenes",
+    "schedule",
+    "shard_grid",
+    "shards",
+    "show",
+    "skew",
+    "token_labels",
+    "weights",
+    "widgets",
+]

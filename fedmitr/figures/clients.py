@@ -1,0 +1,97 @@
+"""What figures share: style, colours, saving, and the parts that several of them draw.
+
+A figure's size in inches is the size at which notebooks show it, 96 pixels an inch; no text is below
+9 points there. Colours: Okabe-Ito for kinds, cividis and viridis for amounts, grey for pixels.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..data.tasks import Split
+from ..vision.patches import patch_share
+from .style import (
+    BLUE,
+    SKY,
+    draw_image,
+    name_rows,
+    new_figure,
+    picture_grid,
+    pixels,
+    styled,
+    write_cells,
+)
+
+
+def draw_counts(
+    axis: Axes, counts: Tensor, classes: Sequence[str], numbers: bool = False, most: int = 0
+) -> None:
+    axis.imshow(counts, vmin=0, vmax=most or None, aspect="auto")
+    if numbers:
+        write_cells(axis, counts.numpy(), [str(int(c)) for c in counts.flatten()], high=int(counts.max()))
+    axis.set_xticks(range(len(classes)), classes)
+    axis.set_yticks(range(0, len(counts), 1 + len(counts) // 12))
+    axis.set(xlabel="class", ylabel="client")
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+@styled
+def scenes(split: Split, stats: tuple[Tensor, Tensor], picks: Sequence[int], patch: int) -> Figure:
+    """Scenes, their true foreground, and the share of it in every patch.
+
+    split.images (n, ch, H, W) and foreground (n, 1, H, W); picks: which to show; patch: side in pixels.
+    """
+    figure, axes = picture_grid(3, len(picks), cell=1.0, left=1.1, right=0.7)
+    images, foreground = pixels(split.images[picks], stats), split.foreground[picks]
+    share = patch_share(foreground, patch).unflatten(1, (images.shape[1] // patch, -1))
+    for column, label in enumerate(split.labels[picks].tolist()):
+        draw_image(axes[0, column], images[column])
+        axes[0, column].set_title(f"a {label}")
+        draw_image(axes[1, column], foreground[column, 0].numpy())
+        heat = axes[2, column].imshow(share[column], vmin=0, vmax=1)
+    figure.colorbar(heat, ax=axes[2], label="share", shrink=0.9)
+    name_rows(axes, ["scene", "true\nforeground", "share in\neach patch"])
+    return figure
+
+
+@styled
+def shards(counts: Tensor, classes: Sequence[str], title: str = "") -> Figure:
+    """Who holds what: counts (K, C), one row per client."""
+    figure = new_figure(7, 1.2 + 0.34 * len(counts))
+    axis = figure.subplots()
+    draw_counts(axis, counts, classes, numbers=True)
+    axis.set(title=title)
+    figure.colorbar(axis.images[0], ax=axis, label="images")
+    return figure
+
+
+@styled
+def shard_grid(panels: Mapping[str, Tensor], classes: Sequence[str]) -> Figure:
+    """Several partitions side by side: title -> counts (K, C), one colour scale for all."""
+    figure = new_figure(9, 2.6)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    most = max(int(c.max()) for c in panels.values())
+    for axis, (title, counts) in zip(axes, panels.items(), strict=True):
+        draw_counts(axis, counts, classes, most=most)
+        axis.set(title=title, ylabel="client" if axis is axes[0] else "")
+    figure.colorbar(axes[-1].images[0], ax=axes, label="images")
+    return figure
+
+
+@styled
+def skew(alphas: Sequence[float], values: Tensor) -> Figure:
+    """Label skew against α: values (A, S) for A alphas and S draws of the partition."""
+    figure = new_figure(6, 3)
+    axis = figure.subplots()
+    axis.plot(alphas, values, ".", color=SKY)
+    axis.plot(alphas, values.mean(1), "-", color=BLUE, label="mean over draws")
+    axis.set(xscale="log", ylim=(0, 1), xlabel="Dirichlet concentration α")
+    axis.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
+    axis.minorticks_off()
+    axis.set(ylabel="label skew\n(total variation distance)", title="One dot per draw of the partition")
+    axis.legend()
+    return figure

@@ -1,0 +1,108 @@
+"""What figures share: style, colours, saving, and the parts that several of them draw.
+
+A figure's size in inches is the size at which notebooks show it, 96 pixels an inch; no text is below
+9 points there. Colours: Okabe-Ito for kinds, cividis and viridis for amounts, grey for pixels.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..server.synthetic import SyntheticSet
+from .accuracies import draw_bars
+from .clients import draw_counts
+from .images import one_of_each
+from .style import (
+    BLACK,
+    CLASSES,
+    bare,
+    draw_image,
+    draw_outline,
+    name_rows,
+    new_figure,
+    picture_grid,
+    pixels,
+    square,
+    styled,
+)
+
+
+def draw_tokens(axis: Axes, probabilities: Tensor, mask: Tensor) -> None:
+    """The likeliest class of each patch (N, C) as colour and number, survivors outlined."""
+    best, label = probabilities.cpu().max(dim=1)
+    colors = np.array([mpl.colors.to_rgb(CLASSES[int(c) % len(CLASSES)]) for c in label])
+    colors = 1 + (colors - 1) * best.numpy()[:, None]  # from white to the class's colour
+    side = math.isqrt(len(mask))
+    axis.imshow(colors.reshape(side, side, 3))
+    bare(axis)
+    if side <= 8:
+        for patch, (text, color) in enumerate(zip(label.tolist(), colors, strict=True)):
+            ink = BLACK if color @ (0.3, 0.59, 0.11) > 0.5 else "white"
+            axis.text(patch % side, patch // side, text, color=ink, fontsize=9, ha="center", va="center")
+    if not mask.all():
+        draw_outline(axis, square(mask).numpy(), color=BLACK)
+
+
+# --- token labels ---------------------------------------------------------------------------------
+
+
+@styled
+def token_labels(
+    synthetic: SyntheticSet, targets: Mapping[str, Tensor], stats: tuple[Tensor, Tensor], picks: Sequence[int]
+) -> Figure:
+    """Images with their survivors, and below them each patch's label: name -> (n, N, C) probabilities.
+
+    Colour and number give the likeliest class, strength of the colour its probability.
+    """
+    figure, axes = picture_grid(1 + len(targets), len(picks), cell=1.32, left=0.9)
+    for column, pick in enumerate(picks):
+        draw_image(axes[0, column], pixels(synthetic.pixels[pick], stats), synthetic.mask[pick])
+        axes[0, column].set_title(f"target {int(synthetic.labels[pick])}")
+        for axis, of_tokens in zip(axes[1:, column], targets.values(), strict=True):
+            draw_tokens(axis, of_tokens[pick], synthetic.mask[pick])
+    name_rows(axes, ["image", *targets])
+    return figure
+
+
+@styled
+def overview(
+    counts: Tensor,
+    synthetic: SyntheticSet,
+    targets: Tensor,
+    scores: Mapping[str, float],
+    stats: tuple[Tensor, Tensor],
+) -> Figure:
+    """The whole way in one picture: shards (K, C), noise to images, token targets (n, N, C), accuracies."""
+    figure = new_figure(8.6, 5.2)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.1))
+    data, images = top.subfigures(1, 2, width_ratios=(1, 1.6))
+    labels, result = bottom.subfigures(1, 2, width_ratios=(1.25, 1.35))
+    axis = data.subplots()
+    draw_counts(axis, counts, list(map(str, range(counts.shape[1]))))
+    data.colorbar(axis.images[0], ax=axis, label="images")
+    data.suptitle("1  Clients hold few classes each", fontsize=10.5)
+    history = synthetic.history
+    picks = one_of_each(synthetic.labels[: history["frames"].shape[1]], 2)
+    chosen = torch.linspace(0, len(history["frame_at"]) - 1, 5).round().long().tolist()
+    for row, pick in zip(images.subplots(2, 5), picks, strict=True):
+        for axis, at in zip(row, chosen, strict=True):
+            draw_image(axis, pixels(history["frames"][at, pick], stats), history["frame_masks"][at, pick])
+            axis.set_title(
+                f"iteration {int(history['frame_at'][at])}" if pick == picks[0] else "", fontsize=9
+            )
+    images.suptitle("2  Server: images emerge, low-information patches stop", fontsize=10.5)
+    image, tokens = labels.subplots(1, 2)
+    draw_image(image, pixels(synthetic.pixels[picks[0]], stats), synthetic.mask[picks[0]])
+    draw_tokens(tokens, targets[picks[0]], synthetic.mask[picks[0]])
+    image.set_title(f"made for a {int(synthetic.labels[picks[0]])}")
+    tokens.set_title("label of each patch")
+    labels.suptitle("3  Pseudo-label inside, soft label outside", fontsize=10.5)
+    draw_bars(result.subplots(), scores, 1 / counts.shape[1])
+    result.suptitle("4  One global model", fontsize=10.5)
+    return figure

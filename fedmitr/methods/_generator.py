@@ -1,0 +1,227 @@
+"""What the methods with a generator share: the network, its optimiser, losses of several, the rounds."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ..core.machine import device
+from ..core.progress import progress
+from ..core.rng import make_rng
+from ..core.store import Store
+from ..server.ensemble import held_classes
+from ..server.synthetic import balanced_labels
+from ..settings import Settings
+from ..settings.schema import Count, Positive, setting
+from ..upload import Upload
+from ..vision.vit import normalisation
+from ._method import Outcome, Range, Search, Work, find
+from ._student import Student, StudentSettings, Teacher, alternate, portions, stored, student_search
+
+COARSEST = 8  # largest side of the map that the noise becomes first
+
+
+class GeneratorSettings(StudentSettings):
+    """What every method with a generator has."""
+
+    rounds: Count = setting(4, "rounds of generation, then distillation", "DENSE, Co-Boosting: 200")
+    generator_steps: Count = setting(15, "optimiser steps of the generator in a round", "DENSE: 30")
+    lr: Positive = setting(5e-3, "Adam's learning rate of the generator", "DENSE: 1e-3")
+    latent: Count = setting(100, "length of the noise z", "FedFTG; DENSE: 256")
+    width: Count = setting(16, "channels of the generator", "DENSE: 64")
+    images: Count = setting(400, "synthetic images in all, under budget=own")
+    student_steps: Count = setting(400, "student steps in all, under budget=own")
+
+
+def generator_search(block: str) -> Search:
+    """What tuning may try for a generator and its student."""
+    return {
+        **student_search(block),
+        f"{block}.lr": Range(5e-4, 2e-2, log=True),
+        f"{block}.rounds": (1, 2, 4, 8),
+        f"{block}.generator_steps": (15, 30, 60, 120),
+    }
+
+
+class Generator(nn.Module):
+    """Noise z (B, latent), and a class (B,) if `conditional`, to images (B, ch, H, W) as the models see them.
+
+    As in DENSE and FedFTG: a linear layer to a coarse map, doublings with 3×3 convolutions, batch
+    normalisation and LeakyReLU; a sigmoid gives the brightness, which is normalised as for the models.
+    """
+
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        settings: GeneratorSettings,
+        rng: torch.Generator,
+        conditional: bool = False,
+    ) -> None:
+        super().__init__()
+        self.side, width = vit.patch_embed.img_size, settings.width
+        doublings = max(0, math.ceil(math.log2(max(self.side) / COARSEST)))
+        self.coarse = tuple(math.ceil(s / 2**doublings) for s in self.side)
+        self.classes = vit.num_classes if conditional else 0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch.randint(2**31, (1,), generator=rng).item())
+            self.start = nn.Linear(settings.latent + self.classes, 2 * width * math.prod(self.coarse))
+            self.body = nn.Sequential(nn.BatchNorm2d(2 * width))
+            for index in range(doublings):
+                self.body.append(nn.Upsample(scale_factor=2))
+                self.body.extend(_convolution(2 * width, width if index == doublings - 1 else 2 * width))
+            last = width if doublings else 2 * width
+            self.body.append(nn.Conv2d(last, vit.patch_embed.proj.in_channels, 3, padding=1))
+        for name, value in zip(("mean", "std"), normalisation(vit), strict=True):
+            self.register_buffer(name, value)
+        self.to(device())
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        if self.classes:
+            z = torch.cat([z, F.one_hot(labels, self.classes).to(z)], dim=1)
+        brightness = self.body(self.start(z).view(len(z), -1, *self.coarse)).sigmoid()
+        brightness = brightness[..., : self.side[0], : self.side[1]]
+        return (brightness - self.mean) / self.std
+
+
+def _convolution(channels: int, out: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(channels, out, 3, padding=1, bias=False),
+        nn.BatchNorm2d(out),
+        nn.LeakyReLU(0.2, inplace=True),
+    ]
+
+
+def make_adam(parameters, settings: GeneratorSettings) -> torch.optim.Adam:
+    """Adam as in DENSE: betas 0.5 and 0.999."""
+    return torch.optim.Adam(parameters, settings.lr, betas=(0.5, 0.999))
+
+
+def take_step(optimizer: torch.optim.Optimizer, loss: Tensor, generator: Generator) -> None:
+    """One step of the generator, its gradient clipped at norm 10 as in DENSE's code."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(generator.parameters(), 10.0)
+    optimizer.step()
+
+
+def divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
+    """T²·KL(teacher ‖ student) of each image (B,), from logits or log-probabilities (B, C)."""
+    p, q = ((x / temperature).log_softmax(dim=-1) for x in (teacher, student))
+    return temperature**2 * F.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1)
+
+
+def noise(count: int, settings: GeneratorSettings, rng: torch.Generator) -> Tensor:
+    """z ~ N(0, I) (count, latent), drawn on the CPU and moved."""
+    return torch.randn(count, settings.latent, generator=rng).to(device())
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # images (B, ch, H, W) and labels (B,) to a scalar
+
+
+def learned_batch(
+    student: VisionTransformer,
+    labels: Tensor,
+    loss_of: Loss,
+    settings: GeneratorSettings,
+    rng: torch.Generator,
+    progress: Callable[[int], object],
+) -> Tensor:
+    """Images (B, ch, H, W) for labels (B,): a fresh generator and its noise, both fitted to this batch.
+
+    The best iterate by loss is returned, as DENSE and Co-Boosting do.
+    """
+    generator = Generator(student, settings, rng)
+    z = noise(len(labels), settings, rng).requires_grad_(True)
+    optimizer = make_adam([*generator.parameters(), z], settings)
+    best, least = None, torch.tensor(math.inf, device=labels.device)
+    for _ in range(settings.generator_steps):
+        images = generator(z)
+        loss = loss_of(images, labels)
+        better = loss.detach() < least
+        best = images.detach() if best is None else torch.where(better, images.detach(), best)
+        least = torch.where(better, loss.detach(), least)
+        take_step(optimizer, loss, generator)
+        progress(1)
+    return best
+
+
+# --- rounds -----------------------------------------------------------------------------------------
+
+
+def budget(settings: Settings, own: GeneratorSettings) -> tuple[int, int]:
+    """Synthetic images and student steps of a method: everyone's, or those of its own block."""
+    if settings.budget == "equal":
+        return settings.inversion.images, settings.distill.steps
+    return own.images, own.student_steps
+
+
+def generator_work(settings: Settings, own: GeneratorSettings) -> Work:
+    """The passes through models that a method with a generator takes."""
+    images, steps = budget(settings, own)
+    return Work(
+        images=images,
+        generator_steps=own.rounds * own.generator_steps,
+        generator_batch=getattr(own, "batch_size", settings.distill.batch_size),
+        student_steps=steps,
+        calibrate=own.calibrate,
+    )
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How a method makes its images, and who labels them.
+
+    make(r) gives the images (n, ch, H, W) of round r and their labels (n,). teacher: the ensemble by default.
+    before_learning(r) is called when these images are in the pool.
+    """
+
+    make: Callable[[int], tuple[Tensor, Tensor]]
+    teacher: Teacher | None = None
+    before_learning: Callable[[int], object] | None = None
+
+
+# From the student, the images of each round, a random stream and a progress callback.
+Begin = Callable[[Student, Sequence[int], torch.Generator, Callable[[int], object]], Generation]
+
+
+def distil_generated(
+    method: str, uploads: Sequence[Upload], settings: Settings, store: Store, begin: Begin
+) -> Outcome:
+    """Uploads to one global model by rounds of generation and distillation; from the store where it is there.
+
+    begin is called once, before the first round, with the student, the number of images of each round, the
+    method's random stream, and what it must call with 1 after each step of its generator.
+    """
+    own: GeneratorSettings = getattr(settings, method)
+
+    def make() -> Outcome:
+        images, steps = budget(settings, own)
+        rng = make_rng(settings.seed, method)
+        student = Student(uploads, settings, method, steps)
+        rounds = min(own.rounds, images)
+        with progress(rounds * own.generator_steps + steps, find(method).label, "step") as bar:
+            generation = begin(student, portions(images, rounds), rng, bar.update)
+            return alternate(
+                student,
+                lambda index: [generation.make(index)],
+                steps,
+                rounds,
+                stage="generation",
+                progress=bar.update,
+                teacher=generation.teacher,
+                before_learning=generation.before_learning,
+            )
+
+    return stored(method, uploads, settings, store, make)
+
+
+def balanced_targets(
+    uploads: Sequence[Upload], counts: Sequence[int], rng: torch.Generator
+) -> tuple[Tensor, ...]:
+    """Target labels of each round, counts[r] of them, balanced over the classes that some client holds."""
+    held = held_classes(uploads)
+    return held[balanced_labels(sum(counts), len(held), rng)].split(list(counts))

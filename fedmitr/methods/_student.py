@@ -1,0 +1,248 @@
+"""What the methods that distil share: the student, its pool of images, its rounds, the stored outcome."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from ..core.machine import device
+from ..core.progress import timed
+from ..core.rng import make_rng
+from ..core.store import Store, fingerprint, read_tensors, write_json, write_tensors
+from ..server.distill import fit_offset, student_optimizer, train_student
+from ..server.ensemble import Ensemble
+from ..server.synthetic import SyntheticSet, load_synthetic, save_synthetic
+from ..server.views import Batch, draw_views, epochs, rows_of, view
+from ..settings import Settings, SettingsBlock
+from ..settings.schema import NotNegative, Positive, RelabelSettings, setting
+from ..upload import ModelShape, Upload
+from ..vision.tokens import images_at_once, kept_patches
+from ..vision.vit import create_vit, weights_digest
+from ._method import Outcome, Range, Search
+from .fedavg import average_weights
+
+# FedMITR's own settings in the `distill` block; every other method has its own, or no use for them.
+FEDMITR_ALONE = {"lr", "ce_weight", "calibrate", "token_weight", "per_class", "group"}
+CE_WEIGHT = "weight of the cross-entropy of CLS to the images' labels, in distillation"
+CALIBRATE = "penalty λ of class offsets fitted to the images' labels before each round; 0: none"
+
+
+class StudentSettings(SettingsBlock):
+    """The student of a method that distils, FedMITR aside."""
+
+    student_lr: Positive = setting(3e-4, "peak learning rate of its student")
+    ce_weight: NotNegative = setting(0.0, CE_WEIGHT)
+    calibrate: NotNegative = setting(0.0, CALIBRATE)
+
+
+def student_search(block: str) -> Search:
+    """What tuning may try for the student of a method with this block of settings."""
+    return {
+        f"{block}.student_lr": Range(1e-4, 2e-3, log=True),
+        f"{block}.ce_weight": (0.0, 0.1, 0.25, 0.5, 1.0),
+        f"{block}.calibrate": (0.0, 0.005, 0.02, 0.1),
+    }
+
+
+NO_TOKENS = RelabelSettings(mode="none")
+WEIGHTS, ACCOUNT = "weights.safetensors", "account.json"
+Teacher = Callable[[Tensor, Tensor], Tensor]  # clients' logits (K, B, C) and labels (B,) to log-probs (B, C)
+
+
+def global_shape(uploads: Sequence[Upload], settings: Settings) -> ModelShape:
+    """The global model's shape: `model.name`, for the images and classes of the uploads."""
+    return uploads[0].shape.model_copy(update={"name": settings.model.name})
+
+
+def build_ensemble(uploads: Sequence[Upload], settings: Settings) -> Ensemble:
+    """Build the ensemble of the uploads, on the global model's patch grid."""
+    return Ensemble(uploads, settings.ensemble, like=global_shape(uploads, settings).build()).to(device())
+
+
+def student_start(uploads: Sequence[Upload], settings: Settings) -> VisionTransformer:
+    """The student before distillation: the shared initial model, or the average of the clients."""
+    shape, model = global_shape(uploads, settings), settings.model
+    if settings.distill.start == "average":
+        vit = shape.build()
+        vit.load_state_dict(average_weights(uploads))
+    else:
+        vit = create_vit(
+            shape.name,
+            shape.num_classes,
+            pretrained=model.pretrained,
+            checkpoint=model.checkpoint,
+            image_size=shape.image_size,
+            in_chans=shape.in_chans,
+        )
+    return vit.to(device())
+
+
+class Student:
+    """A student that learns, round by round, from a growing pool of images that the clients labelled.
+
+    The pool keeps every client's logits for each view, so that a teacher whose weights change, or that
+    depends on the wanted label, costs no new forward passes.
+    """
+
+    def __init__(
+        self,
+        uploads: Sequence[Upload],
+        settings: Settings,
+        method: str,
+        steps: int,
+        change: Callable[[Ensemble, Tensor], Tensor] | None = None,
+    ) -> None:
+        """steps: of all rounds; change(ensemble, views): changes views before they are seen."""
+        self.ensemble = build_ensemble(uploads, settings)
+        self.vit = student_start(uploads, settings)
+        own = getattr(settings, method, None)  # a method of your own may have none
+        own = own if isinstance(own, StudentSettings) else StudentSettings()
+        self.settings = settings.distill.model_copy(update={"ce_weight": own.ce_weight, "lr": own.student_lr})
+        self.calibrate, self.change = own.calibrate, change
+        self.optimizer, self.schedule = student_optimizer(self.vit, self.settings, steps)
+        self.rng = make_rng(settings.seed, method, "distill")
+        self.parts: list[SyntheticSet] = []
+        self.views: list[Batch] = []
+
+    @property
+    def frozen(self) -> VisionTransformer:
+        """The student as a fixed opponent: evaluation mode, no gradients for its weights."""
+        return self.vit.eval().requires_grad_(False)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """The frozen student's class logits (B, C) of images (B, ch, H, W), at the ensemble's precision."""
+        return self.ensemble.opponent_logits(self.frozen, *kept_patches(self.vit, images))
+
+    def by_ensemble(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Log-probabilities (B, C) of the ensemble from its clients' logits (K, B, C): the usual teacher."""
+        return self.ensemble.combine(logits)
+
+    @property
+    def images(self) -> SyntheticSet:
+        return SyntheticSet.concat(self.parts)
+
+    def add(self, images: Tensor, labels: Tensor) -> None:
+        """Put images (n, ch, H, W) made for labels (n,) into the pool, and have the clients see them."""
+        part = whole_images(self.vit, images, labels)
+        self.parts.append(part)
+        if self.settings.views:
+            draw = partial(self._view, part)
+            self.views.append(self._draw(draw, len(part), self.settings.views))
+
+    def pool(self) -> Batch:
+        """All stored views (V, ch, H, W), their labels (V,) and the clients' logits (V, K, C).
+
+        With distill.views=0 nothing is stored, and one new view of each image is drawn.
+        """
+        if not self.settings.views:
+            return self._draw(partial(self._view, self.images), len(self.images), 1)
+        return tuple(map(torch.cat, zip(*self.views, strict=True)))
+
+    def learn(self, steps: int, teacher: Teacher, progress: Callable[[int], object] | None = None) -> None:
+        """Distil for some steps on random batches of the whole pool, labelled by `teacher`."""
+        if self.settings.views:
+            pool = self.pool()
+            draw, count = rows_of(pool), len(pool[0])
+        else:
+            draw, count = partial(self._view, self.images), len(self.images)
+
+        offset = self._offset(teacher) if self.calibrate else None
+
+        def batches() -> Iterator[Batch]:
+            for pick in islice(epochs(count, self.settings.batch_size, self.rng), steps):
+                images, labels, logits = draw(pick)
+                target = teacher(logits.transpose(0, 1), labels)
+                yield images, target if offset is None else (target + offset).log_softmax(-1), labels, None
+
+        train_student(self.vit, batches(), self.optimizer, self.schedule, self.settings, NO_TOKENS, progress)
+
+    def _offset(self, teacher: Teacher) -> Tensor:
+        """Class offsets (C,) that fit the teacher to the labels of the pool; no pixels are kept for it."""
+        if self.settings.views:
+            labels, logits = map(torch.cat, list(zip(*self.views, strict=True))[1:])
+        else:
+            labels, logits = self._draw(lambda pick: self._view(self.images, pick)[1:], len(self.images), 1)
+        return fit_offset(teacher(logits.transpose(0, 1), labels), labels, self.calibrate)
+
+    def _draw(self, fresh: Callable[[Tensor], Batch], count: int, views: int) -> Batch:
+        return draw_views(fresh, count, views, self.rng, images_at_once(self.vit))
+
+    def _view(self, images: SyntheticSet, pick: Tensor) -> Batch:
+        seen = view(self.vit, images, pick, self.settings, self.rng)[0]
+        seen = self.change(self.ensemble, seen) if self.change else seen
+        with torch.no_grad():
+            return seen, images.labels[pick], self.ensemble.logits(seen).transpose(0, 1)
+
+
+def whole_images(vit: VisionTransformer, images: Tensor, labels: Tensor) -> SyntheticSet:
+    """Generated images as a synthetic set in which every patch counts."""
+    count = vit.patch_embed.num_patches
+    mask = torch.ones(len(images), count, dtype=torch.bool, device=images.device)
+    return SyntheticSet(images, labels, mask, torch.zeros(len(images), device=images.device))
+
+
+def portions(total: int, parts: int) -> list[int]:
+    """total in `parts` whole numbers that differ by at most one."""
+    return [total * (i + 1) // parts - total * i // parts for i in range(parts)]
+
+
+Images = Iterable[tuple[Tensor, Tensor]]  # batches of images (n, ch, H, W) with labels (n,)
+
+
+def alternate(
+    student: Student,
+    make: Callable[[int], Images],
+    steps: int,
+    rounds: int,
+    *,
+    stage: str,
+    progress: Callable[[int], object],
+    teacher: Teacher | None = None,
+    before_learning: Callable[[int], object] | None = None,
+) -> Outcome:
+    """Make images, then distil on all of them so far, round after round.
+
+    make(r) gives the images of round r. steps: of the student in all, shared equally by the rounds. stage:
+    the name under which the time of `make` is kept. teacher: the ensemble by default. before_learning(r) is
+    called when the images of round r are in the pool. progress is called with 1 after each student step.
+    """
+    seconds: dict[str, float] = {}
+    for index, share in enumerate(portions(steps, rounds)):
+        with timed(seconds, stage):
+            made = list(make(index))
+        with timed(seconds, "distillation"):
+            for images, labels in made:
+                student.add(images, labels)
+            if before_learning:
+                before_learning(index)
+            student.learn(share, teacher or student.by_ensemble, progress)
+    return Outcome([student.vit], seconds, student.images, steps)
+
+
+def stored(
+    method: str, uploads: Sequence[Upload], settings: Settings, store: Store, make: Callable[[], Outcome]
+) -> Outcome:
+    """A method's one student from the store, or made and kept with its images and its account."""
+    blocks = [getattr(settings, b).model_dump() for b in ("ensemble", "inversion", method)]
+    blocks.append(settings.distill.model_dump(exclude=FEDMITR_ALONE))
+    shared = [weights_digest(settings.model), settings.budget, settings.seed]
+    key = fingerprint(method, [u.digest for u in uploads], blocks, shared)
+
+    def read(folder: Path) -> Outcome:
+        vit = global_shape(uploads, settings).build()
+        vit.load_state_dict(read_tensors(folder / WEIGHTS))
+        account = json.loads((folder / ACCOUNT).read_text())
+        return Outcome([vit.eval().to(device())], synthetic=load_synthetic(folder), **account)
+
+    def write(outcome: Outcome, folder: Path) -> None:
+        write_tensors(outcome.models[0].state_dict(), folder / WEIGHTS)
+        save_synthetic(outcome.synthetic, folder)
+        seconds = {stage: round(value, 3) for stage, value in outcome.seconds.items()}
+        write_json(folder / ACCOUNT, {"seconds": seconds, "student_steps": outcome.student_steps})
+
+    return store.get("methods", key, read, make, write)

@@ -1,0 +1,17 @@
+"""All uploads together: an upper bound for what distils them, and no single model."""
+
+from collections.abc import Sequence
+
+from ..core.store import Store
+from ..settings import Settings
+from ..upload import Upload
+from ._method import Method, Outcome
+from ._student import build_ensemble
+
+
+def ensemble(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
+    """Combine the predictions of all uploads, at K times the inference cost of one model."""
+    return Outcome([build_ensemble(uploads, settings)])
+
+
+METHOD = Method(name="ensemble", run=ensemble, family="reference", citation="", single_model=False)

@@ -1,0 +1,212 @@
+"""compare.py: the table of runs and the paired interval, against scipy."""
+
+import importlib
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from fedmitr.core.errors import BadInput
+from fedmitr.experiments import run as experiment
+from fedmitr.experiments.statistics import interval, skew_table, summarise, summarise_skews
+from fedmitr.settings import Settings
+from fedmitr.settings.schema import PartitionSettings
+
+module = importlib.import_module("fedmitr.compare")
+
+
+@pytest.fixture
+def runs():
+    rng = np.random.default_rng(0)
+    rows = [
+        dict(method=m, task="digits", alpha=0.1, clients=5, seed=s, accuracy=rng.uniform(0.3, 0.8))
+        for s in range(5)
+        for m in ("fedavg", "fedmitr", "ensemble")
+    ]
+    return pd.DataFrame(rows)
+
+
+def of(runs, method):
+    return runs[runs["method"] == method].sort_values("seed")["accuracy"].to_numpy()
+
+
+def test_the_paired_difference_and_its_interval_are_scipys(runs):
+    table = summarise(runs)
+    for method in ("fedavg", "ensemble"):
+        paired = stats.ttest_rel(of(runs, method), of(runs, "fedmitr")).confidence_interval(0.95)
+        row = table.loc[method]
+        assert row["minus fedmitr"] == pytest.approx((paired.low + paired.high) / 2)
+        assert row["± 95 %"] == pytest.approx((paired.high - paired.low) / 2)
+
+
+def test_mean_and_deviation_are_over_the_seeds(runs):
+    table = summarise(runs)
+    assert list(table.index) == ["fedavg", "fedmitr", "ensemble"]
+    for method in table.index:
+        values = of(runs, method)
+        assert table.loc[method, "mean"] == pytest.approx(values.mean())
+        assert table.loc[method, "std"] == pytest.approx(values.std(ddof=1))
+        assert table.loc[method, "seeds"] == 5
+    assert table.loc["fedmitr", "minus fedmitr"] == 0
+
+
+def test_the_order_of_the_rows_does_not_matter(runs):
+    shuffled = runs.sample(frac=1, random_state=1)
+    pd.testing.assert_frame_equal(summarise(shuffled).sort_index(), summarise(runs).sort_index())
+
+
+def test_several_alphas_are_summarised_each_by_itself(runs):
+    harder = runs.assign(alpha=0.05, accuracy=runs["accuracy"] / 2)
+    table = summarise_skews(pd.concat([runs, harder]))
+    pd.testing.assert_frame_equal(table.loc[0.1], summarise(runs))
+    pd.testing.assert_frame_equal(table.loc[0.05], summarise(harder))
+
+
+def test_the_table_of_skews_says_what_the_summaries_say(runs):
+    harder = runs.assign(alpha=0.05, accuracy=runs["accuracy"] / 2)
+    more = runs.assign(seed=runs["seed"] + 5)  # seeds that ran at one alpha alone
+    table = skew_table(pd.concat([runs, more, harder]))
+    seeds = {"α = 0.05": "5 seeds", "α = 0.1": "10 seeds", "mean over α": "5 seeds"}
+    assert list(table.columns) == [f"{name}, {count}" for name, count in seeds.items()]
+    table.columns = list(seeds)
+    assert list(table.index) == list(summarise(runs).sort_values("mean", ascending=False).index)
+    both = runs.assign(accuracy=0.75 * runs["accuracy"])
+    for some, column in ((harder, "α = 0.05"), (pd.concat([runs, more]), "α = 0.1"), (both, "mean over α")):
+        for method, row in summarise(some).iterrows():
+            said = f"{row['mean']:.3f} ± {row['std']:.3f}"
+            said += "" if method == "fedmitr" else f", {interval(row)}"
+            assert table.loc[method, column] == said
+
+
+def test_without_fedmitr_or_with_one_seed_there_is_no_interval(runs):
+    assert summarise(runs[runs["method"] != "fedmitr"])[["minus fedmitr", "± 95 %"]].isna().all(axis=None)
+    one = summarise(runs[runs["seed"] == 0])
+    assert one["± 95 %"].isna().all() and one["minus fedmitr"].notna().all()
+
+
+# The grid of runs, on clients and methods that do nothing but take notes.
+
+ACCOUNT = ["exchanges", "upload_bytes", "download_bytes", "synthetic_images", "student_steps"]
+COLUMNS = ["method", "task", "alpha", "clients", "seed", "accuracy", *ACCOUNT, "inference_flops"]
+GRID = [(seed, method) for seed in (0, 2) for method in ("fedmitr", "local")]
+
+
+@pytest.fixture
+def notes(monkeypatch):
+    """What was asked of experiments, in order; seed 13 is bad input."""
+    asked = []
+
+    class Experiment:
+        def __init__(self, settings, store):
+            self.settings, self.shards = settings, range(settings.partition.clients)
+            self.store = SimpleNamespace(root=store)
+
+        def check(self, methods):
+            asked.append(("check", self.settings.seed, *methods))
+            if self.settings.seed == 13:
+                raise BadInput("seed=13 is unlucky")
+
+        def upload_key(self, client):
+            return f"{self.settings.seed} {client}"
+
+        def train(self, client):
+            asked.append(("train", self.settings.seed, client))
+
+        def result(self, method):
+            seed = self.settings.seed
+            asked.append(("run", seed, method))
+            account = {name: 7 for name in [*ACCOUNT, "inference_flops"]}
+            seconds = {"clients": 2.5, "inversion": 1.25, "distillation": 0.5}
+            known = dict(method=method, task="digits", alpha=0.3, clients=4, seed=seed, accuracy=1 / 3)
+            return SimpleNamespace(**known, **account, seconds=seconds)
+
+    monkeypatch.setattr(module, "Experiment", Experiment)
+    monkeypatch.setenv("FEDMITR_JOBS", "1")
+    return asked
+
+
+def settings_of(*seeds):
+    return [Settings(seed=s, partition=PartitionSettings(clients=4)) for s in seeds]
+
+
+def test_everything_is_checked_then_every_client_trained_then_every_method_run(notes, tmp_path):
+    module.compare(["fedmitr", "local"], settings_of(0, 2), tmp_path)
+    clients = [("train", s, k) for s in (0, 2) for k in range(4)]
+    checks = [("check", s, "fedmitr", "local") for s in (0, 2)]
+    assert notes == [*checks, *clients, *(("run", s, m) for s, m in GRID)]
+
+
+def test_clients_that_settings_share_are_trained_once(notes, tmp_path):
+    (one,) = settings_of(0)
+    module.compare(["local"], [one, one.model_copy(update={"budget": "own"}), *settings_of(2)], tmp_path)
+    assert [n for n in notes if n[0] == "train"] == [("train", s, k) for s in (0, 2) for k in range(4)]
+    assert [n for n in notes if n[0] == "run"] == [("run", s, "local") for s in (0, 0, 2)]
+
+
+def test_a_bad_setting_anywhere_stops_before_any_work(notes, tmp_path):
+    with pytest.raises(BadInput, match="seed=13"):
+        module.compare(["fedmitr"], settings_of(0, 13), tmp_path, tmp_path / "runs.csv")
+    assert [kind for kind, *_ in notes] == ["check", "check"] and not (tmp_path / "runs.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "method, change, name",
+    [
+        ("fedavg", {"partition.clients": 900}, "partition.clients=900"),
+        ("fusefl", {"fusefl.stages": 9}, "fusefl.stages=9"),
+        ("nobody", {}, "method='nobody'"),
+    ],
+)
+def test_what_cannot_work_is_found_before_anything_is_trained(
+    method, change, name, tmp_path, monkeypatch, forbid, one_line
+):
+    monkeypatch.setenv("FEDMITR_JOBS", "1")
+    forbid(experiment, "train_client")
+    settings = [Settings.load("smoke"), Settings.load("smoke", {"seed": 1, **change})]
+    with pytest.raises(BadInput) as error:
+        module.compare([method], settings, tmp_path)
+    one_line(error.value, name)
+
+
+def test_the_table_is_written_after_every_run_and_its_times_beside_it(notes, tmp_path, monkeypatch):
+    out, written, write = tmp_path / "deep" / "runs.csv", [], module.write_table
+
+    def record(table, path):
+        write(table, path)
+        written.append([len(pd.read_csv(p)) for p in (out, tmp_path / "deep" / "runs_seconds.csv")])
+
+    monkeypatch.setattr(module, "write_table", record)
+    table = module.compare(["fedmitr", "local"], settings_of(0, 2), tmp_path, out)
+    assert written == [[1, 1], [2, 2], [3, 3], [4, 4]]
+    assert list(table.columns) == [*COLUMNS, "client_seconds", "server_seconds"]
+    found, seconds = pd.read_csv(out), pd.read_csv(tmp_path / "deep" / "runs_seconds.csv")
+    pd.testing.assert_frame_equal(found, table[COLUMNS], rtol=1e-5)
+    assert out.read_text().splitlines()[1] == "fedmitr,digits,0.300000,4,0,0.333333,7,7,7,7,7,7"
+    assert list(seconds.columns) == ["method", "seed", "client_seconds", "server_seconds"]
+    assert seconds.to_numpy()[:, 2:].tolist() == [[2.5, 1.75]] * 4
+
+
+def test_rows_stand_in_the_grids_order_whatever_finishes_first(notes, tmp_path, monkeypatch):
+    order, out, seen = [2, 0, 3, 1], tmp_path / "runs.csv", []
+
+    def finish_in_another_order(function, items):
+        for index in order if len(items) == 4 else range(len(items)):
+            yield index, function(items[index])
+            if out.exists():
+                rows = pd.read_csv(out)
+                seen.append(list(zip(rows["seed"], rows["method"], strict=True)))
+
+    monkeypatch.setattr(module, "parallel", finish_in_another_order)
+    table = module.compare(["fedmitr", "local"], settings_of(0, 2), tmp_path, out)
+    assert list(zip(table["seed"], table["method"], strict=True)) == GRID
+    assert seen == [[GRID[i] for i in sorted(order[:n])] for n in (1, 2, 3, 4)]
+
+
+def test_an_out_that_cannot_be_written_is_one_line_before_any_work(notes, tmp_path, one_line):
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput) as error:
+        module.compare(["fedavg"], settings_of(0), tmp_path, tmp_path / "file" / "runs.csv")
+    one_line(error.value, "out=")
+    assert notes == []

@@ -1,0 +1,187 @@
+"""scale.py and groups of clients: many clients, few of whom answer at a time."""
+
+import importlib
+import os
+
+import pandas as pd
+import pytest
+import torch
+from helpers import make_upload
+
+from fedmitr.core.errors import BadInput
+from fedmitr.core.processes import VARIABLE
+from fedmitr.core.store import Store
+from fedmitr.evaluation.plan import plan
+from fedmitr.experiments.run import Experiment
+from fedmitr.experiments.scaling import processes, profiles, projection, strong_scaling
+from fedmitr.figures import scale as plots_scale
+from fedmitr.server.ensemble import held_classes
+from fedmitr.settings import PROFILES, Settings
+
+pipeline = importlib.import_module("fedmitr.methods.fedmitr")
+
+TINY = {
+    "inversion.images": 6,
+    "inversion.batch_size": 3,
+    "inversion.iterations": 3,
+    "inversion.stop_at": [1],
+    "inversion.stop_ratio": [0.5],
+    "distill.steps": 2,
+    "distill.views": 1,
+    "distill.batch_size": 4,
+}
+
+
+def tiny(**changes):
+    return Settings.load("smoke", TINY | {name.replace("__", "."): value for name, value in changes.items()})
+
+
+@pytest.fixture(scope="module")
+def five():
+    """Class 9 is nobody's; the first two hold 0 to 3, the next two 4 to 7, the last 8."""
+    held = [(0, 1), (2, 3), (4, 5), (6, 7), (8,)]
+    return [
+        make_upload(k, tuple(3 if y in own else 0 for y in range(10)), side=12) for k, own in enumerate(held)
+    ]
+
+
+# What nobody holds, nobody can show.
+
+
+def test_images_are_made_of_held_classes_alone(five, tmp_path):
+    assert held_classes(five).tolist() == list(range(9))
+    assert held_classes([u.without_counts() for u in five]).tolist() == list(range(10))
+    made = pipeline.synthetic_set(five[:2], tiny(), Store(tmp_path))
+    assert set(made.labels.tolist()) <= {0, 1, 2, 3}
+    assert torch.bincount(made.labels).max() <= 2
+
+
+# Groups.
+
+
+def test_a_group_is_one_client_that_holds_what_its_clients_hold(five, tmp_path):
+    settings, store = tiny(distill__group=2), Store(tmp_path)
+    made, seconds = pipeline.in_groups(five, settings, store)
+    assert [u.client for u in made] == [0, 2, 4] and [u.size for u in made] == [12, 12, 3]
+    assert made[0].class_counts == (3, 3, 3, 3, 0, 0, 0, 0, 0, 0)
+    assert made[2] is five[4] and set(seconds) == {"inversion", "distillation"}
+    alone = pipeline.fedmitr(five[:2], tiny(), store).models[0].state_dict()
+    assert all(torch.equal(alone[name], value) for name, value in made[0].checked().weights.items())
+
+
+def test_a_run_in_groups_is_a_run_on_the_groups(five, tmp_path):
+    settings, store = tiny(distill__group=2), Store(tmp_path)
+    whole = pipeline.fedmitr(five, settings, store)
+    made, before = pipeline.in_groups(five, settings, store)
+    second = pipeline.fedmitr(made, tiny(), store)
+    for one, other in zip(whole.models[0].parameters(), second.models[0].parameters(), strict=True):
+        assert torch.equal(one, other)
+    for stage, value in second.seconds.items():
+        assert whole.seconds[stage] == pytest.approx(before[stage] + value)
+
+
+def test_no_more_clients_than_a_group_is_no_group(five, tmp_path):
+    made, seconds = pipeline.in_groups(five, tiny(distill__group=5), Store(tmp_path))
+    assert made == five and seconds == {}
+
+
+def test_groups_without_histograms_are_uploads_without(five, tmp_path):
+    bare = [u.without_counts() for u in five]
+    settings = tiny(distill__group=3, ensemble__mode="mean_probs", inversion__teacher="ensemble")
+    made, _ = pipeline.in_groups(bare, settings, Store(tmp_path))
+    assert [u.class_counts for u in made] == [None, None] and [u.size for u in made] == [18, 9]
+
+
+# Computed.
+
+
+def test_a_row_for_each_profile_is_its_plan():
+    table = profiles()
+    assert list(table.index) == list(PROFILES)
+    stages = plan("fedmitr", Settings.load("gpu"))
+    assert table.loc["gpu", "TFLOP"] == pytest.approx(sum(s.flops for s in stages) / 1e12)
+    assert table.loc["paper", "iterations"] == 4000 and table["memory, GB"].is_monotonic_increasing
+
+
+def test_labels_cost_in_proportion_to_the_clients_unless_few_are_drawn():
+    table = projection(Settings.load("laptop"), counts=(50, 100, 200, 1000))
+    at = table.set_index(["way", "clients"])["server, TFLOP"].unstack()
+    everyone, few = at.loc["every client"], at.loc["one client a class"]
+    slope = (everyone[1000] - everyone[200]) / 800
+    assert (everyone[200] - everyone[100]) / 100 == pytest.approx(slope, rel=1e-6)
+    assert few.nunique() == 1
+    grouped = at.loc["groups of 100 clients"]
+    assert grouped[100] == everyone[100] and grouped[1000] > everyone[1000]  # no less work, but in parts
+    memory = table.set_index(["way", "clients"])["memory, GB"].unstack()
+    assert memory.loc["groups of 100 clients", 1000] == pytest.approx(memory.loc["every client", 1000])
+    stages = plan("fedmitr", Settings.load("laptop", {"partition.clients": 100}))
+    assert everyone[100] == pytest.approx(sum(s.flops for s in stages if s.stage != "clients") / 1e12)
+
+
+def test_memory_of_the_ensemble_grows_by_one_model_a_client():
+    table = projection(Settings.load("laptop"), counts=(100, 200)).groupby("clients")["memory, GB"].max()
+    weights = Experiment(Settings.load("laptop")).initial.state_dict().values()
+    assert (table[200] - table[100]) * 1e9 == pytest.approx(
+        100 * sum(4 * w.numel() for w in weights), rel=1e-6
+    )
+
+
+# Measured.
+
+
+def test_every_number_of_workers_inverts_the_same_batches(tmp_path, monkeypatch):
+    seen, real = [], pipeline.synthetic_set
+
+    def record(uploads, settings, store):
+        seen.append((os.environ[VARIABLE], real(uploads, settings, store).pixels))
+        return real(uploads, settings, store)
+
+    monkeypatch.setattr("fedmitr.experiments.scaling.synthetic_set", record)
+    before = os.environ.get(VARIABLE)
+    settings = tiny(client__epochs=1, task__validation=0.7, task__test=0.2, partition__alpha=1.0)
+    table = strong_scaling(settings, [1, 2], Store(tmp_path), repeats=1)
+    assert [jobs for jobs, _ in seen] == ["1", "1", "2", "2"] and os.environ.get(VARIABLE) == before
+    assert all(torch.equal(pixels, seen[0][1]) for _, pixels in seen)
+    assert list(table["workers"]) == [1, 2] and table["speed-up"][0] == 1 and (table["seconds"] > 0).all()
+    assert not (tmp_path / "synthetic").exists()  # timed anew, and nothing of it kept
+
+
+def test_more_workers_than_batches_is_one_line(tmp_path, one_line):
+    with pytest.raises(BadInput) as error:
+        strong_scaling(tiny(), [1, 3], Store(tmp_path))
+    one_line(error.value, "workers", "2 batches")
+
+
+@pytest.mark.parametrize("before", [None, "7"])
+def test_the_number_of_processes_is_as_before_afterwards(before, monkeypatch):
+    monkeypatch.delenv(VARIABLE)
+    if before:
+        monkeypatch.setenv(VARIABLE, before)
+    with pytest.raises(KeyError), processes(3):
+        assert os.environ[VARIABLE] == "3"
+        raise KeyError
+    assert os.environ.get(VARIABLE) == before
+
+
+# Drawn.
+
+
+def test_the_figures_show_the_table():
+    table = projection(Settings.load("laptop"), counts=(5, 50))
+    work, memory = plots_scale.projection(table).axes
+    assert work.get_xscale() == memory.get_yscale() == "log" and "clients" in work.get_xlabel()
+    for line, (way, rows) in zip(work.lines, table.groupby("way", sort=False), strict=True):
+        assert line.get_label() == way and list(line.get_ydata()) == list(rows["server, TFLOP"])
+    measured = pd.DataFrame({"workers": [1, 2], "seconds": [8.0, 5.0], "speed-up": [1.0, 1.6]})
+    time, gain = plots_scale.scaling(measured).axes
+    assert list(time.lines[0].get_ydata()) == [8, 5] and "seconds" in time.get_ylabel()
+    assert list(gain.lines[0].get_ydata()) == [1, 2] and list(gain.lines[1].get_ydata()) == [1, 1.6]
+
+
+def test_a_plan_counts_a_group_by_its_clients():
+    """Of five clients in groups of two the last, alone, is distilled by nobody."""
+    stages = plan("fedmitr", Settings.load("laptop", {"partition.clients": 5, "distill.group": 2}))
+    (groups,) = (s for s in stages if s.stage == "groups")
+    pair = plan("fedmitr", Settings.load("laptop", {"partition.clients": 2}))
+    assert groups.flops == pytest.approx(2 * sum(s.flops for s in pair if s.stage != "clients"))
+    assert "by 3 clients" in next(s.what for s in stages if s.stage == "labels")

@@ -43,12 +43,12 @@ def _in_batches(
     return torch.cat(parts, dim=-2)
 
 
-def answers(models: Sequence[nn.Module], images: Tensor) -> Tensor:
+def predicted_classes(models: Sequence[nn.Module], images: Tensor) -> Tensor:
     """The class (models, n) that each model names for each image."""
     return torch.stack([predict(model, images).argmax(-1) for model in models])
 
 
-def share_right(named: Tensor, labels: Tensor) -> Tensor:
+def share_correct(named: Tensor, labels: Tensor) -> Tensor:
     """Share of named classes (..., n) that are the labels (n,), in [0, 1]."""
     return (named == labels).double().mean(-1)
 
@@ -62,12 +62,12 @@ def recall(named: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 def accuracy(model: nn.Module, split: Split) -> float:
     """Share of the split's images named right, in [0, 1]."""
-    return share_right(answers([model], split.images)[0], split.labels).item()
+    return share_correct(predicted_classes([model], split.images)[0], split.labels).item()
 
 
 def accuracy_per_class(model: nn.Module, split: Split, num_classes: int) -> Tensor:
     """Recall of each class (C,), NaN for a class that the split does not hold."""
-    return recall(answers([model], split.images)[0], split.labels, num_classes)
+    return recall(predicted_classes([model], split.images)[0], split.labels, num_classes)
 
 
 def label_skew(counts: Tensor) -> Tensor:

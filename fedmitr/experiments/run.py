@@ -24,7 +24,7 @@ from ..data.image_sets import num_classes
 from ..data.partition import partition
 from ..data.tasks import Split, Task, load_task
 from ..evaluation.flops import inference_flops
-from ..evaluation.metrics import answers, predict_with_members, recall, share_right
+from ..evaluation.metrics import predict_with_members, predicted_classes, recall, share_correct
 from ..methods import Method, Outcome, check_methods, find
 from ..settings import Settings
 from ..settings.schema import ModelSettings
@@ -204,24 +204,26 @@ class Experiment:
             return method(self.clients, self.settings, self.store)
 
     @cached_property
-    def reference_answers(self) -> dict[str, Tensor]:
+    def reference_predictions(self) -> dict[str, Tensor]:
         """Classes (models, n) that what every method is measured against names on the test split."""
         made_by = [[u.digest for u in self.uploads], self.settings.ensemble.model_dump()]
         if self.settings.mixed:
             made_by.append(self.settings.model.name)  # no average is among them
         return self.store.get(
             "references",
-            fingerprint("answers", made_by, self.settings.seed, *self._data),
-            read=lambda folder: read_tensors(folder / "answers.safetensors"),
-            make=self._answer_references,
-            write=lambda found, folder: write_tensors(found, folder / "answers.safetensors"),
+            fingerprint("predictions", made_by, self.settings.seed, *self._data),
+            read=lambda folder: read_tensors(folder / "predictions.safetensors"),
+            make=self._predict_references,
+            write=lambda found, folder: write_tensors(found, folder / "predictions.safetensors"),
         )
 
-    def _answer_references(self) -> dict[str, Tensor]:
+    def _predict_references(self) -> dict[str, Tensor]:
         (ensemble,), images = self.models("ensemble"), self.task.test.images
-        found = {} if self.settings.mixed else {"fedavg": answers(self.models("fedavg"), images)}
+        found = {} if self.settings.mixed else {"fedavg": predicted_classes(self.models("fedavg"), images)}
         if uses_bf16(ensemble.precision):  # its members are not the clients' own models, which are float32
-            return found | {name: answers(self.models(name), images) for name in ("ensemble", "local")}
+            return found | {
+                name: predicted_classes(self.models(name), images) for name in ("ensemble", "local")
+            }
         together = predict_with_members(ensemble, images).argmax(-1)
         return found | {"ensemble": together[:1], "local": together[1:]}
 
@@ -229,7 +231,9 @@ class Experiment:
     def reference_scores(self) -> dict[str, list[float]]:
         """Test accuracies of what every method is measured against: one, or one per client for `local`."""
         labels = self.task.test.labels
-        return {name: share_right(found, labels).tolist() for name, found in self.reference_answers.items()}
+        return {
+            name: share_correct(found, labels).tolist() for name, found in self.reference_predictions.items()
+        }
 
     def result(self, method: str) -> Result:
         """Run a method and evaluate it and its references on the test split."""
@@ -249,9 +253,9 @@ class Experiment:
     def _evaluate(self, method: str, key: str, test: Split) -> Result:
         s, outcome = self.settings, self.outcome(method)
         models, image = outcome.models, test.images[:1]
-        found, scores = self.reference_answers.get(method), self.reference_scores
-        found = answers(models, test.images) if found is None else found
-        own = share_right(found, test.labels).tolist()
+        found, scores = self.reference_predictions.get(method), self.reference_scores
+        found = predicted_classes(models, test.images) if found is None else found
+        own = share_correct(found, test.labels).tolist()
         per_class = torch.stack([recall(row, test.labels, len(self.task.classes)) for row in found])
         return Result(
             run_id=key,

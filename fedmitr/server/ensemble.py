@@ -32,7 +32,7 @@ class Ensemble(nn.Module):
     offset (C,) is added to the log-probabilities of all; zero unless the ensemble is calibrated.
 
     Members may be any ViTs that see images of one size. Patches, positions and masks are those of one grid,
-    `shape`: of the model `like`, by default the first member; a member with other patches cuts its own.
+    `grid`: of the model `like`, by default the first member; a member with other patches cuts its own.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class Ensemble(nn.Module):
         self.mode, self.precision = settings.mode, settings.precision
         self.class_logits = compiled(class_logits) if settings.compile else class_logits
         self.members = nn.ModuleList(u.vit(share=True) for u in uploads)
-        self.shapes = [PatchGrid.of(m) for m in self.members]
-        self.shape = PatchGrid.of(like) if like else self.shapes[0]
+        self.grids = [PatchGrid.of(m) for m in self.members]
+        self.grid = PatchGrid.of(like) if like else self.grids[0]
         self.stats = normalisation(like or self.members[0])  # of the pixels that are shown to it
         if uses_bf16(self.precision):  # once, instead of at every product: autocast keeps no frozen weights
             for layer in filter(lambda m: isinstance(m, nn.Linear), self.members.modules()):
@@ -79,7 +79,7 @@ class Ensemble(nn.Module):
 
     def cut(self, images: Tensor, keep: Tensor | None = None) -> Seen:
         """The kept patches of images, as `vit.kept_patches` has them, on the ensemble's grid."""
-        return cut_patches(images, self.shape.patch, keep)
+        return cut_patches(images, self.grid.patch, keep)
 
     def forward_patches(self, patches: Tensor, position: Tensor) -> Tensor:
         """Log-probabilities (B, C) of patches (B, M, ch·p·p) at grid positions (B, M), or (1, M) for all."""
@@ -107,8 +107,8 @@ class Ensemble(nn.Module):
 
     def seen_by(self, k: int, patches: Tensor, position: Tensor) -> Seen:
         """Patches and positions as member k cuts them."""
-        other = self.shapes[k]
-        return (patches, position) if other == self.shape else regrid(patches, position, self.shape, other)
+        other = self.grids[k]
+        return (patches, position) if other == self.grid else regrid(patches, position, self.grid, other)
 
     def logits_of(self, k: int, patches: Tensor, position: Tensor) -> Tensor:
         """Class logits (B, C) of member k."""
@@ -118,16 +118,16 @@ class Ensemble(nn.Module):
         """CLS attention (B, M) of member k to the patches."""
         own_patches, seen = self.seen_by(k, patches, position)
         attention = patch_importance(self.members[k], own_patches, seen)
-        if self.shapes[k] == self.shape:
+        if self.grids[k] == self.grid:
             return attention
-        return regrid_importance(attention, seen, self.shapes[k], position, self.shape)
+        return regrid_importance(attention, seen, self.grids[k], position, self.grid)
 
     def tokens_of(self, k: int, images: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (B, C) of member k, and its token logits (B, N, C) on the ensemble's grid."""
         of_cls, of_tokens = forward_tokens(self.members[k], images)
-        if self.shapes[k] == self.shape:
+        if self.grids[k] == self.grid:
             return of_cls, of_tokens
-        return of_cls, regrid_tokens(of_tokens, self.shapes[k], self.shape)
+        return of_cls, regrid_tokens(of_tokens, self.grids[k], self.grid)
 
     def forward_tokens(self, images: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probabilities of CLS (B, C) and of every patch token (B, N, C): A^0 and A^i.
@@ -183,7 +183,7 @@ class Ensemble(nn.Module):
         other._modules = self._modules | {"members": nn.ModuleList(self.members[k] for k in some)}
         buffers = {"weights": weights.T[some].to(self.weights), "shares": self.shares[some]}
         other._buffers = self._buffers | buffers
-        other.shapes = [self.shapes[k] for k in some]
+        other.grids = [self.grids[k] for k in some]
         return other
 
 

@@ -51,10 +51,10 @@ def invert(
     """
     rng, at, batch = make_rng(seed, "inversion"), labels.device, len(labels)
     teacher = Owners.draw(ensemble, labels, seed) if settings.teacher == "owners" else ensemble
-    shape = ensemble.shape
-    image = torch.randn((batch, *shape.image), generator=rng).flatten(1).to(at)  # (B, ch·H·W)
-    keep = torch.arange(shape.patches, device=at)[None]  # (1, N) while every image keeps all; then (B, M)
-    live = _Live(image, keep, shape, settings)
+    grid = ensemble.grid
+    image = torch.randn((batch, *grid.image), generator=rng).flatten(1).to(at)  # (B, ch·H·W)
+    keep = torch.arange(grid.patches, device=at)[None]  # (1, N) while every image keeps all; then (B, M)
+    live = _Live(image, keep, grid, settings)
     best = _Best(batch, at)
     stops = dict(zip(settings.stop_at, settings.stop_ratio, strict=True))
     log: dict[str, list[Tensor]] = {"loss": [], "cross_entropy": [], "confidence": []}
@@ -64,16 +64,16 @@ def invert(
 
     for step in range(settings.iterations + 1):
         if step in wanted:
-            frames.append((step, image[:recorded].clone(), _mask(keep, shape, batch)[:recorded]))
+            frames.append((step, image[:recorded].clone(), _mask(keep, grid, batch)[:recorded]))
         if step == settings.iterations:
             break
         if step in stops:
             rows = _survivors(teacher, live.patches, keep, stops[step])
             survivors = keep.expand(batch, -1).gather(1, rows)
-            _fill(image, keep, survivors, shape, settings.background, rng)
+            _fill(image, keep, survivors, grid, settings.background, rng)
             keep = survivors
             live.keep(rows, keep)
-        view, place, back = _look(image, keep, shape, settings, rng)
+        view, place, back = _look(image, keep, grid, settings, rng)
         log_probs = teacher.forward_patches(view, place)
         cross_entropy = F.nll_loss(log_probs, labels, reduction="none")
         loss = settings.ce * cross_entropy
@@ -90,7 +90,7 @@ def invert(
         log["loss"].append(loss.mean())
         log["cross_entropy"].append(cross_entropy.mean())
         log["confidence"].append(log_probs.gather(1, labels[:, None]).exp().mean())
-        kept.append(keep.shape[1] / shape.patches)
+        kept.append(keep.shape[1] / grid.patches)
         if progress:
             progress(1)
 
@@ -107,16 +107,16 @@ def invert(
     steps, pictures, masks = zip(*frames, strict=True)
     history = {name: torch.stack(values).cpu() for name, values in log.items()}
     history |= {"kept": torch.tensor(kept), "frame_at": torch.tensor(steps)}
-    history["frames"] = torch.stack(pictures).unflatten(2, shape.image).cpu()
+    history["frames"] = torch.stack(pictures).unflatten(2, grid.image).cpu()
     history["frame_masks"] = torch.stack(masks).cpu()
-    return SyntheticSet(image.view(batch, *shape.image), labels, _mask(keep, shape, batch), final, history)
+    return SyntheticSet(image.view(batch, *grid.image), labels, _mask(keep, grid, batch), final, history)
 
 
 View = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
 
 
 def _look(
-    image: Tensor, keep: Tensor, shape: PatchGrid, settings: InversionSettings, rng: torch.Generator
+    image: Tensor, keep: Tensor, grid: PatchGrid, settings: InversionSettings, rng: torch.Generator
 ) -> View:
     """A random view of flat images (B, ch·H·W) on as many patches as are kept (B, M), or (1, M) for all.
 
@@ -124,23 +124,23 @@ def _look(
     Returns its patches (B, M, ch·p·p), which want a gradient, their places (B, M) or (1, M), and a function
     that takes this gradient back to the images.
     """
-    shift, mirrored = random_move(shape, settings.jitter, settings.flip, rng)
+    shift, mirrored = random_move(grid, settings.jitter, settings.flip, rng)
     if settings.augment:
         maps = random_maps(len(image), settings.augment, rng)
         maps[:, :, 0] *= -1 if mirrored else 1
-        return _warped(image, keep, shape, maps)
-    index, place = windows(keep, shift, mirrored, shape)
+        return _warped(image, keep, grid, maps)
+    index, place = windows(keep, shift, mirrored, grid)
     index = index.expand(len(image), -1)  # one row while all images keep the same patches
     patches = image.gather(1, index).view(len(image), keep.shape[1], -1).requires_grad_()
     return patches, place, lambda g: torch.zeros_like(image).scatter_(1, index, g.flatten(1))
 
 
-def _warped(image: Tensor, keep: Tensor, shape: PatchGrid, maps: Tensor) -> View:
+def _warped(image: Tensor, keep: Tensor, grid: PatchGrid, maps: Tensor) -> View:
     """`_look` through affine maps (B, 2, 3), at the places where most is seen of kept patches."""
-    whole = image.view(len(image), *shape.image).detach().requires_grad_()
-    patches, place = patchify(warp(whole, maps), shape.patch), keep
-    if keep.shape[1] < shape.patches:
-        coverage = warp_coverage(_mask(keep, shape, len(image)), maps, shape.grid)
+    whole = image.view(len(image), *grid.image).detach().requires_grad_()
+    patches, place = patchify(warp(whole, maps), grid.patch), keep
+    if keep.shape[1] < grid.patches:
+        coverage = warp_coverage(_mask(keep, grid, len(image)), maps, grid.shape)
         place = coverage.topk(keep.shape[1], dim=1).indices.sort(dim=1).values
         patches = gather_tokens(patches, place)
     view = patches.detach().requires_grad_()
@@ -176,8 +176,8 @@ def _survivors(teacher: Ensemble | Owners, patches: Tensor, keep: Tensor, ratio:
 class _Live:
     """The pixels (B, M·ch·p·p) of the surviving patches, where they belong, and Adam on them alone."""
 
-    def __init__(self, image: Tensor, keep: Tensor, shape: PatchGrid, settings: InversionSettings) -> None:
-        self.image, self.shape, self.settings = image, shape, settings
+    def __init__(self, image: Tensor, keep: Tensor, grid: PatchGrid, settings: InversionSettings) -> None:
+        self.image, self.grid, self.settings = image, grid, settings
         self._place(keep)
         self.pixels = image.gather(1, self.home)
         self.adam = self._adam()
@@ -185,8 +185,8 @@ class _Live:
     def _place(self, keep: Tensor) -> None:
         """home and around: flat pixels of the patches `keep`, and with those that touch them."""
         batch = len(self.image)
-        self.home = windows(keep, (0, 0), False, self.shape)[0].expand(batch, -1)
-        self.around = halo(keep, self.shape).expand(batch, -1, -1, -1, -1)
+        self.home = windows(keep, (0, 0), False, self.grid)[0].expand(batch, -1)
+        self.around = halo(keep, self.grid).expand(batch, -1, -1, -1, -1)
 
     def _adam(self) -> torch.optim.Adam:
         return torch.optim.Adam([self.pixels], self.settings.lr, self.settings.betas, fused=True)
@@ -212,7 +212,7 @@ class _Live:
         """a_tv TV(x) + a_l2 |x|² (B,)."""
         value = torch.zeros(len(self.image), device=self.image.device)
         if self.settings.tv:
-            value = value + self.settings.tv * total_variation(self.image.unflatten(1, self.shape.image))
+            value = value + self.settings.tv * total_variation(self.image.unflatten(1, self.grid.image))
         if self.settings.l2:
             value = value + self.settings.l2 * self.pixels.square().sum(dim=1)
         return value
@@ -248,22 +248,22 @@ class _Best:
         torch.where(better, loss, self.loss, out=self.loss)
 
 
-def _mask(keep: Tensor, shape: PatchGrid, batch: int) -> Tensor:
+def _mask(keep: Tensor, grid: PatchGrid, batch: int) -> Tensor:
     """Kept patches (B, M), or (1, M) for all, as a mask (B, N)."""
-    empty = torch.zeros(batch, shape.patches, dtype=torch.bool, device=keep.device)
+    empty = torch.zeros(batch, grid.patches, dtype=torch.bool, device=keep.device)
     return empty.scatter(1, keep.expand(batch, -1), True)
 
 
 def _fill(
-    image: Tensor, keep: Tensor, survivors: Tensor, shape: PatchGrid, background: str, rng: torch.Generator
+    image: Tensor, keep: Tensor, survivors: Tensor, grid: PatchGrid, background: str, rng: torch.Generator
 ) -> None:
     """Paint the patches that stop now as `background` says, in place; what stopped earlier stays as it is."""
     if background == "keep":
         return
     batch = len(image)
-    stopped = _mask(keep, shape, batch) & ~_mask(survivors, shape, batch)
+    stopped = _mask(keep, grid, batch) & ~_mask(survivors, grid, batch)
     count = int(stopped[0].sum())
-    index = windows(stopped.int().topk(count, dim=1).indices, (0, 0), False, shape)[0]
+    index = windows(stopped.int().topk(count, dim=1).indices, (0, 0), False, grid)[0]
     fill = {
         "zero": lambda: torch.zeros_like(image),
         "noise": lambda: torch.randn(image.shape, generator=rng).to(image.device),

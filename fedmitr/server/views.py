@@ -24,41 +24,41 @@ Shift = tuple[int, int]
 Batch = tuple[Tensor, ...]
 
 
-def random_move(shape: PatchGrid, jitter: float, flip: bool, rng: torch.Generator) -> tuple[Shift, bool]:
+def random_move(grid: PatchGrid, jitter: float, flip: bool, rng: torch.Generator) -> tuple[Shift, bool]:
     """One random shift of up to `jitter` of each side, in pixels, and whether to mirror (as SMI)."""
-    limits = [round(jitter * side) for side in shape.size]
+    limits = [round(jitter * side) for side in grid.size]
     shift = tuple(int(torch.randint(-n, n + 1, (1,), generator=rng)) for n in limits)
     return shift, flip and bool(torch.rand(1, generator=rng) < 0.5)
 
 
-def windows(keep: Tensor, shift: Shift, flip: bool, shape: PatchGrid) -> tuple[Tensor, Tensor]:
+def windows(keep: Tensor, shift: Shift, flip: bool, grid: PatchGrid) -> tuple[Tensor, Tensor]:
     """What a view shows at the moved places of kept patches (B, M): flat pixels (B, M·ch·p·p), and places."""
-    place = move(keep, shift, flip, shape.grid, shape.patch)
-    row, column = _corners(place, shape)
-    row = row + torch.arange(shape.patch[0], device=keep.device) - shift[0]
-    column = column + torch.arange(shape.patch[1], device=keep.device)
-    column = (shape.size[1] - 1 - column if flip else column) - shift[1]
-    return _flat(row % shape.size[0], column % shape.size[1], shape).flatten(1), place
+    place = move(keep, shift, flip, grid.shape, grid.patch)
+    row, column = _corners(place, grid)
+    row = row + torch.arange(grid.patch[0], device=keep.device) - shift[0]
+    column = column + torch.arange(grid.patch[1], device=keep.device)
+    column = (grid.size[1] - 1 - column if flip else column) - shift[1]
+    return _flat(row % grid.size[0], column % grid.size[1], grid).flatten(1), place
 
 
-def halo(keep: Tensor, shape: PatchGrid) -> Tensor:
+def halo(keep: Tensor, grid: PatchGrid) -> Tensor:
     """Flat pixels (B, M, ch, p + 2, p + 2) of patches (B, M) and around them; border pixels repeat."""
-    row, column = _corners(keep, shape)
-    row = row + torch.arange(-1, shape.patch[0] + 1, device=keep.device)
-    column = column + torch.arange(-1, shape.patch[1] + 1, device=keep.device)
-    return _flat(row.clamp(0, shape.size[0] - 1), column.clamp(0, shape.size[1] - 1), shape)
+    row, column = _corners(keep, grid)
+    row = row + torch.arange(-1, grid.patch[0] + 1, device=keep.device)
+    column = column + torch.arange(-1, grid.patch[1] + 1, device=keep.device)
+    return _flat(row.clamp(0, grid.size[0] - 1), column.clamp(0, grid.size[1] - 1), grid)
 
 
-def _corners(place: Tensor, shape: PatchGrid) -> tuple[Tensor, Tensor]:
+def _corners(place: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor]:
     """Row and column (B, M, 1) of each patch's first pixel."""
-    across = shape.grid[1]
-    return (place // across * shape.patch[0])[:, :, None], (place % across * shape.patch[1])[:, :, None]
+    across = grid.shape[1]
+    return (place // across * grid.patch[0])[:, :, None], (place % across * grid.patch[1])[:, :, None]
 
 
-def _flat(row: Tensor, column: Tensor, shape: PatchGrid) -> Tensor:
+def _flat(row: Tensor, column: Tensor, grid: PatchGrid) -> Tensor:
     """Rows (B, M, a) and columns (B, M, b) as indices (B, M, ch, a, b) into flat images (B, ch·H·W)."""
-    channel = torch.arange(shape.channels, device=row.device)[:, None, None] * (shape.size[0] * shape.size[1])
-    return channel + row[:, :, None, :, None] * shape.size[1] + column[:, :, None, None, :]
+    channel = torch.arange(grid.channels, device=row.device)[:, None, None] * (grid.size[0] * grid.size[1])
+    return channel + row[:, :, None, :, None] * grid.size[1] + column[:, :, None, None, :]
 
 
 def move(index: Tensor, shift: Shift, flip: bool, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:

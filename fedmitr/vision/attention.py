@@ -36,7 +36,7 @@ def _run(block: Block, tokens: Tensor, rows: int | None = None) -> Tensor:
     return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
 
 
-def look(attention: Attention, tokens: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+def attention_weights(attention: Attention, tokens: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """How the first `rows` tokens look at all of (B, L, d).
 
     Returns attention weights (B, heads, rows, L) and the values (B, heads, L, D).
@@ -54,7 +54,7 @@ def look(attention: Attention, tokens: Tensor, rows: int) -> tuple[Tensor, Tenso
 
 
 def _mix_rows(attention: Attention, tokens: Tensor, rows: int) -> Tensor:
-    weights, value = look(attention, tokens, rows)
+    weights, value = attention_weights(attention, tokens, rows)
     mixed = attention.attn_drop(weights.to(value)) @ value
     return _project(attention, mixed.transpose(1, 2).flatten(2), tokens[:, :rows])
 

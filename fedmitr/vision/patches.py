@@ -21,7 +21,7 @@ class PatchGrid:
     channels: int
     size: tuple[int, int]
     patch: tuple[int, int]
-    grid: tuple[int, int]
+    shape: tuple[int, int]
 
     @classmethod
     def of(cls, vit: VisionTransformer) -> "PatchGrid":
@@ -30,7 +30,7 @@ class PatchGrid:
 
     @property
     def patches(self) -> int:
-        return self.grid[0] * self.grid[1]
+        return self.shape[0] * self.shape[1]
 
     @property
     def image(self) -> tuple[int, int, int]:
@@ -122,13 +122,13 @@ def regrid_importance(
 
 def share_of_area(values: Tensor, grid: PatchGrid, other: PatchGrid) -> Tensor:
     """Values (B, N) of a grid's patches as means over the patches of another grid, by area: (B, N')."""
-    pixels = values.view(-1, 1, *grid.grid)
+    pixels = values.view(-1, 1, *grid.shape)
     pixels = pixels.repeat_interleave(grid.patch[0], 2).repeat_interleave(grid.patch[1], 3)
     return F.avg_pool2d(pixels, other.patch).flatten(1)
 
 
 def regrid_tokens(values: Tensor, other: PatchGrid, own: PatchGrid) -> Tensor:
     """Token logits (B, N', C) of the other grid, bilinearly interpolated to ours: (B, N, C)."""
-    image = values.transpose(1, 2).unflatten(2, other.grid)
-    image = F.interpolate(image, size=own.grid, mode="bilinear", align_corners=False)
+    image = values.transpose(1, 2).unflatten(2, other.shape)
+    image = F.interpolate(image, size=own.shape, mode="bilinear", align_corners=False)
     return image.flatten(2).transpose(1, 2)

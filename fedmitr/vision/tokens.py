@@ -11,7 +11,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .attention import look, run_blocks
+from .attention import attention_weights, run_blocks
 from .patches import cut_patches
 
 PATCHES_IN_TRAINING = 64 * 64  # one backward pass on a CPU holds no more: 64 images of 32x32 cut by four
@@ -116,5 +116,5 @@ def patch_importance(vit: VisionTransformer, patches: Tensor, position: Tensor) 
     """`cls_attention` for patches (B, M, ch·p·p) at grid positions (B, M)."""
     tokens = run_blocks(vit.blocks[:-1], embed_patches(vit, patches, position))
     last = vit.blocks[-1]
-    weights, _ = look(last.attn, last.norm1(tokens), rows=1)
+    weights, _ = attention_weights(last.attn, last.norm1(tokens), rows=1)
     return weights[:, :, 0, vit.num_prefix_tokens :].mean(dim=1)

@@ -26,7 +26,7 @@ from fedmitr.evaluation.metrics import (
     predict,
     predict_with_members,
     recall,
-    share_right,
+    share_correct,
 )
 from fedmitr.server.relabel import background_labels, relabel_tokens
 from fedmitr.settings.schema import EnsembleSettings, RelabelSettings
@@ -96,7 +96,7 @@ def test_answers_and_shares_are_those_of_each_model(micro, uploads, images):
     found = metrics.answers(models, images)
     wanted = [[int(m(x[None]).argmax()) for x in images] for m in models]
     assert found.tolist() == wanted
-    for row, right in zip(wanted, share_right(found, torch.tensor(wanted[1])), strict=True):
+    for row, right in zip(wanted, share_correct(found, torch.tensor(wanted[1])), strict=True):
         assert right.item() == np.mean([a == b for a, b in zip(row, wanted[1], strict=True)])
     assert recall(labels, labels, 5).isnan().tolist() == [True, True, False, True, False]
 

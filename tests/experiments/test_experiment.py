@@ -196,7 +196,7 @@ def test_an_image_goes_once_through_every_model(unmeasured, results, no_work, bl
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_references_answer_what_their_models_answer_one_image_at_a_time(unmeasured, no_work, precision):
     experiment = fm.Experiment(small(ensemble__precision=precision), unmeasured)
-    images, found = experiment.task.test.images, experiment.reference_answers
+    images, found = experiment.task.test.images, experiment.reference_predictions
     assert {name: len(rows) for name, rows in found.items()} == {"ensemble": 1, "fedavg": 1, "local": 2}
     for name, rows in found.items():
         whole = name == "ensemble" and precision == "bf16"  # which rounds otherwise in another batch

@@ -1,8 +1,9 @@
 # make setup       the environment, in .venv
-# make reproduce   every notebook, figure and table (PROFILE=smoke|laptop|gpu|paper)
+# make reproduce   every notebook, into reproduced/ (PROFILE=smoke|laptop|gpu|paper)
 # make test        every check
 # make test-flower the Flower app's tests, in .venv-flower; part of make test
 # make flower      results/flower.csv: a run over Flower's real processes, and one with a client killed
+# make publish     for maintainers: figures/, results/headline.csv and the notebooks' stored outputs, five seeds
 # make results     the README's tables: every method on ten seeds at three skews, about an hour
 # make scale       notebook 09's table: up to 100 clients, and clients whose ViTs differ
 # make ablations   notebook 06's table: every cell of results/ablations.yaml on five seeds
@@ -22,13 +23,13 @@ FLOWER_STAMP := $(FLOWER)/.installed
 SITE := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-flower flower results ablations scale lint format weights clean
+.PHONY: help setup reproduce test test-flower flower results publish ablations scale lint format weights clean
 
 # A figure backend set for another program must not reach the notebooks.
 unexport MPLBACKEND
 
 help:
-	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | flower | results | ablations | scale | lint | format | weights | clean"
+	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | flower | publish | results | ablations | scale | lint | format | weights | clean"
 
 setup: $(STAMP)
 
@@ -77,6 +78,9 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+publish: setup
+	$(BIN)/python tools/publish.py
+
 # The README's tables: every method, then their numbers.
 results: setup
 	$(BIN)/fedmitr compare --seeds 10-19 --out results/comparison.csv
@@ -88,13 +92,13 @@ ablations: setup
 
 # Trains the shared initial model again, and the two for clients whose ViTs differ.
 weights: setup
-	$(BIN)/python -m fedmitr.pretrain --model vit_micro
-	$(BIN)/python -m fedmitr.pretrain --model vit_micro_patch6 --steps 1800
-	$(BIN)/python -m fedmitr.pretrain --model vit_micro_deep --steps 1800
+	$(BIN)/python -m fedmitr.experiments.pretrain --model vit_micro
+	$(BIN)/python -m fedmitr.experiments.pretrain --model vit_micro_patch6 --steps 1800
+	$(BIN)/python -m fedmitr.experiments.pretrain --model vit_micro_deep --steps 1800
 
 # Notebook 09's table: up to 100 clients, and clients whose ViTs differ.
 scale: setup
 	$(BIN)/fedmitr sweep --cells results/scale.yaml --seeds 10-14 --out results/scale.csv
 
 clean:
-	rm -rf data/store notebooks/executed
+	rm -rf data/store reproduced

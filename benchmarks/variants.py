@@ -91,9 +91,9 @@ def random_patches(vit: nn.Module, batch: int, count: int | None = None) -> tupl
     return patches, torch.arange(kept, device=device())[None]
 
 
-def timms(vit: nn.Module, patches: Tensor, position: Tensor) -> Tensor:
+def timms(vit: nn.Module, patches: Tensor, positions: Tensor) -> Tensor:
     """Logits by timm's own blocks and head, whole: every row of every block."""
-    return vit.forward_head(vit.norm(vit.blocks(embed_patches(vit, patches, position))))
+    return vit.forward_head(vit.norm(vit.blocks(embed_patches(vit, patches, positions))))
 
 
 class OnPatches(nn.Module):
@@ -131,7 +131,7 @@ def step(logits: Callable[[Tensor], Tensor], patches: Tensor, tokens: int, preci
 
 def step_variants(vits: list[nn.Module], patches: Tensor, place: Tensor) -> tuple[dict[str, Run], ...]:
     """What `steps` measures: ways to run one teacher, and ways to run them all."""
-    ours, timm = (partial(logits, vits[0], position=place) for logits in (class_logits, timms))
+    ours, timm = (partial(logits, vits[0], positions=place) for logits in (class_logits, timms))
     take = partial(partial, step, patches=patches)
     one = {
         "timm's blocks whole, fp32": take(timm, tokens=0),
@@ -271,11 +271,11 @@ def compiling(model, image_size, rounds, threads, batch) -> None:
     patches, place = random_patches(vit, batch)
     with torch_threads(threads):
         start = time.perf_counter()
-        fast = partial(compiled(class_logits), vit, position=place)
+        fast = partial(compiled(class_logits), vit, positions=place)
         of_patches(fast, patches)
         click.echo(f"compiling took {time.perf_counter() - start:.0f} s")
         runs = {
-            "as it is": partial(of_patches, partial(class_logits, vit, position=place), patches),
+            "as it is": partial(of_patches, partial(class_logits, vit, positions=place), patches),
             "through torch.compile": partial(of_patches, fast, patches),
         }
         show(

@@ -1,4 +1,4 @@
-"""The command line: `fedmitr info | settings | run | compare | sweep | reproduce | bench`.
+"""The command line: `fedmitr info | methods | settings | run | compare | sweep | reproduce | bench`.
 
 Progress goes to stderr. Bad input is one line on stderr and exit status 2, before any work.
 """
@@ -14,14 +14,12 @@ from typing import Any
 import click
 
 from .core.errors import BadInput
-from .methods import METHODS, find
+from .methods import METHODS, Method, find
 from .settings import PROFILES, Settings, fields, parse_assignment
-
-MOST_SEEDS = 10_000
 
 
 def settings_page() -> str:
-    """Every setting on one line each: default, what is allowed, meaning, source."""
+    """Return one line a setting: default, what is allowed, meaning, source."""
     lines = []
     for row in fields():
         limits = f" [{row['allowed']}]" if row["allowed"] else ""
@@ -33,9 +31,10 @@ HINT = "\b\nSettings for --set, with their defaults and where these are from:\n"
 
 
 class OneLine(click.Group):
-    """A group that says what is wrong with its input in one line and exits with status 2."""
+    """A group of commands whose bad input is one line on stderr and exit status 2."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command, and turn its errors into one line and an exit status."""
         try:
             return super().main(*args, **kwargs | {"standalone_mode": False})
         except BadInput as error:
@@ -62,7 +61,7 @@ def main() -> None:
 
 
 def set_jobs(context: click.Context, option: click.Parameter, jobs: int | None) -> None:
-    """--jobs is the environment's FEDMITR_JOBS, which worker processes and notebooks see too."""
+    """Set FEDMITR_JOBS, which worker processes and notebooks read too."""
     if jobs is not None:
         os.environ["FEDMITR_JOBS"] = str(jobs)
 
@@ -78,7 +77,7 @@ jobs_option = click.option(
 
 
 def set_backend(context: click.Context, option: click.Parameter, value: str | None) -> None:
-    """--backend and --cluster are the environment's FEDMITR_BACKEND and FEDMITR_CLUSTER."""
+    """Set FEDMITR_BACKEND or FEDMITR_CLUSTER, which `core.processes` reads."""
     if value is not None:
         os.environ[f"FEDMITR_{option.name.upper()}"] = value
 
@@ -99,8 +98,8 @@ cluster_option = click.option(
 )
 
 
-def settings_options(command):
-    """The options that say what is run, shared by `run`, `compare` (--alpha: several) and `sweep`."""
+def settings_options(command: click.Command) -> click.Command:
+    """Add the options that say what is run, shared by `run`, `compare` (--alpha: several) and `sweep`."""
     options = [
         click.option("--profile", default="laptop", show_default=True, metavar="P", help=", ".join(PROFILES)),
         click.option("--task", metavar="T", help="task.name"),
@@ -122,13 +121,13 @@ def settings_options(command):
 
 
 def read_overrides(assignments: tuple[str, ...], **named: str | None) -> dict[str, Any]:
-    """Dotted names and values of --set, then of the named options; BadInput for what cannot be read."""
+    """Return dotted names with values of --set, then of the named options; BadInput for unreadable ones."""
     names = {"task": "task.name", "clients": "partition.clients", "alpha": "partition.alpha", "seed": "seed"}
     return dict(map(parse_assignment, assignments)) | {names[n]: v for n, v in named.items() if v is not None}
 
 
 def read_settings(profile: str, assignments: tuple[str, ...], **named: str | None) -> Settings:
-    """Profile, then what `read_overrides` reads."""
+    """Return a profile's settings with the overrides that `read_overrides` reads."""
     return Settings.load(profile, read_overrides(assignments, **named))
 
 
@@ -164,7 +163,7 @@ def run(method, profile, task, clients, alpha, seed, assignments, store, as_json
 
 
 def tell_plan(method: str, settings: Settings, as_json: bool) -> None:
-    """What a run would do, computed from shapes: nothing is loaded, downloaded or trained."""
+    """Print what a run would do, computed from shapes: nothing is loaded, downloaded or trained."""
     from .evaluation.plan import plan, plan_table
 
     stages = plan(method, settings)
@@ -186,20 +185,26 @@ def compare(methods, seeds, profile, task, clients, alpha, assignments, store, o
     chosen = [m.strip() for m in methods.split(",")]
     for name in chosen:
         find(name)
+    from .experiments.compare import compare as compare_all
+    from .experiments.compare import parse_seeds
+    from .experiments.statistics import summarise, summarise_skews
+
     settings = [
         read_settings(profile, assignments, task=task, clients=clients, alpha=each, seed=str(seed))
         for each in (alpha.split(",") if alpha else [None])
         for seed in parse_seeds(seeds)
     ]
-    from .experiments.compare import compare as compare_all
-    from .experiments.statistics import summarise, summarise_skews
-
     runs = compare_all(chosen, settings, store, out)
     table = summarise(runs) if runs["alpha"].nunique() == 1 else summarise_skews(runs)
     click.echo(table.to_string(float_format="{:.3f}".format))
     if as_json:
-        table = table.astype(object).where(table.notna(), None).reset_index()  # JSON knows no NaN
-        click.echo(json.dumps({"summary": table.to_dict("records"), "runs": runs.to_dict("records")}))
+        tell_tables(table, runs)
+
+
+def tell_tables(summary, runs) -> None:
+    """Print a summary and its runs as one JSON object; NaN, which JSON lacks, becomes null."""
+    summary = summary.astype(object).where(summary.notna(), None).reset_index()
+    click.echo(json.dumps({"summary": summary.to_dict("records"), "runs": runs.to_dict("records")}))
 
 
 @main.command(epilog=HINT)
@@ -222,6 +227,7 @@ def sweep(
         raise BadInput("give either --grid KEY=V1,V2 (repeatable) or --cells FILE")
     if panels and not cells:
         raise BadInput("--panel needs --cells FILE, whose panels it names")
+    from .experiments.compare import parse_seeds
     from .experiments.sweep import choose, grid_cells, read_cells, summarise_cells
     from .experiments.sweep import sweep as sweep_all
 
@@ -231,38 +237,23 @@ def sweep(
     summary = summarise_cells(table)
     click.echo(summary.to_string(float_format="{:.3f}".format))
     if as_json:
-        summary = summary.astype(object).where(summary.notna(), None).reset_index()
-        click.echo(json.dumps({"summary": summary.to_dict("records"), "runs": table.to_dict("records")}))
-
-
-def parse_seeds(text: str) -> list[int]:
-    """`0-4`, `1,3,5` or a mix, as a list of seeds; BadInput when it cannot be read."""
-    seeds: list[int] = []
-    try:
-        for part in text.split(","):
-            first, _, last = part.strip().partition("-")
-            span = range(int(first), int(last or first) + 1)
-            seeds += span if len(span) <= MOST_SEEDS else []
-    except ValueError:
-        seeds = []
-    if not seeds:
-        raise BadInput(f"seeds={text!r} cannot be read: allowed are forms such as 0-4 or 1,3,5")
-    return list(dict.fromkeys(seeds))
+        tell_tables(summary, table)
 
 
 @main.command()
 @click.option("--profile", default="laptop", show_default=True, metavar="P", help=", ".join(PROFILES))
 @click.option("--only", help="Numbers of the notebooks to run, such as 03,04.")
+@click.option("--seed", type=click.IntRange(0), metavar="S", help="Default: each notebook's own, 0.")
 @click.option("--store", type=click.Path(path_type=Path), help="Folder of artefacts; default data/store.")
 @jobs_option
-def reproduce(profile, only, store) -> None:
-    """Run the notebooks with papermill: rewrites figures/ and results/, resumes what was stopped."""
+def reproduce(profile, only, seed, store) -> None:
+    """Run the notebooks, into reproduced/PROFILE, and compare their numbers with the stored ones."""
     from papermill.exceptions import PapermillExecutionError
 
     from .experiments.reproduce import reproduce as reproduce_all
 
     try:
-        click.echo(reproduce_all(profile, only, store))
+        click.echo(reproduce_all(profile, only, store, seed))
     except PapermillExecutionError as error:
         raise click.ClickException(
             f"a notebook stopped at cell {error.exec_count}: {error.ename}: {error.evalue}"
@@ -283,6 +274,38 @@ def info(as_json) -> None:
         click.echo(f"{name:>14}: {value if value is not None else 'not installed'}")
 
 
+@main.command("methods")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+def list_methods(as_json) -> None:
+    """Every method: label, family, what clients send, exchanges, models that a prediction runs, citation."""
+    rows = list(map(method_row, METHODS.values()))
+    if as_json:
+        click.echo("\n".join(map(json.dumps, rows)))
+        return
+    for row in rows:
+        sends = ", ".join(row["sends"]) or "nothing"
+        times = f"{row['exchanges']} exchange" + "s" * (row["exchanges"] != 1)
+        models = f"{row['models']} model" + "s" * (row["models"] != 1)
+        click.echo(
+            f"{row['name']:12} {row['label']:12} {row['family']:17} {sends:25} {times:24} {models:9} "
+            f"{row['citation']}".rstrip()
+        )
+    click.echo("ensemble.mode=class and inversion.teacher=owners add the class histogram to every upload.")
+
+
+def method_row(method: Method) -> dict[str, Any]:
+    """Return what `fedmitr methods` lists of a record; exchanges is a setting's name where it sets them."""
+    return {
+        "name": method.name,
+        "label": method.label,
+        "family": method.family,
+        "sends": ["weights", "class histogram"][: method.sends + method.needs_counts],
+        "exchanges": method.exchanges,
+        "models": 1 if method.single_model else "K",
+        "citation": method.citation,
+    }
+
+
 @main.command("settings")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def list_settings(as_json) -> None:
@@ -292,7 +315,7 @@ def list_settings(as_json) -> None:
 
 @main.group()
 def bench() -> None:
-    """How fast this machine is at it."""
+    """Measure how fast this machine is."""
 
 
 @bench.command("inversion")

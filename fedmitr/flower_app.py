@@ -127,7 +127,7 @@ def pack(upload: Upload) -> RecordDict:
     shape = {f"shape.{name}": value for name, value in card.pop("shape").items()}
     if "class_counts" in card:
         card["class_counts"] = list(card["class_counts"])
-    card |= shape | {"sha256": upload.sha256}
+    card |= shape | {"sha256": upload.digest}
     return RecordDict({"weights": ArrayRecord(upload.weights), "card": ConfigRecord(card)})
 
 
@@ -159,8 +159,8 @@ def unpack(content: RecordDict, node: int, shape_of: Callable[[int], ModelShape]
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise BadInput(f"{who}: weights are not readable: {reason}") from None
     upload = Upload(read.client, read.size, read.shape, tensors, read.class_counts).checked()
-    if upload.sha256 != read.sha256:
-        raise BadInput(f"{who}: its weights do not have the checksum that its card states")
+    if upload.digest != read.sha256:
+        raise BadInput(f"{who}: its weights and card do not have the checksum that the card states")
     return upload
 
 

@@ -1,18 +1,19 @@
-"""The only thing that crosses from client to server: weights, n_k and, where a method needs it, c_k.
+"""The one message that crosses from client to server: weights, n_k and, where a method needs it, c_k.
 
-What comes from a client is hostile until it is checked. `Upload.load` reads the few bytes of the card and of
-the weights file's header first, and compares names, types and shapes with those of the declared model, which
-is built without memory (torch's meta device). Only what fits is read.
+What comes from a client is not trusted until it is checked. `Upload.load` first reads a small card and the
+header of the weights file, and compares names, types and shapes with those of the declared model, which is
+built without memory (torch's meta device). Arrays are read only if these fit.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 from safetensors import safe_open
 from safetensors.torch import load, save
 from timm.models.vision_transformer import VisionTransformer
@@ -22,18 +23,20 @@ from .core.errors import BadInput
 from .vision.vit import create_vit
 
 WEIGHTS, CARD = "weights.safetensors", "upload.json"
-CARD_BYTES = 16 * 2**20  # the largest card that is read: a histogram of a million classes fits
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
+CARD_BYTES = 2**20  # the largest card that is read: the counts of `MOST_CLASSES` classes fit
+MOST_CLASSES, MOST_PIXELS, MOST_CHANNELS = 100_000, 2**15, 2**12  # of a model that is built
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"I64": torch.int64}  # safetensors' names of the types that a model may have
 
 
 class ModelShape(BaseModel):
-    """What the server needs to rebuild the client's model."""
+    """What the server needs to rebuild a client's model; its limits are checked before anything is built."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str
-    num_classes: int = Field(ge=1)
-    image_size: int = Field(ge=1)
-    in_chans: int = Field(ge=1)
+    name: str = Field(max_length=100)
+    num_classes: int = Field(ge=1, le=MOST_CLASSES)
+    image_size: int = Field(ge=1, le=MOST_PIXELS)
+    in_chans: int = Field(ge=1, le=MOST_CHANNELS)
 
     @classmethod
     def of(cls, name: str, vit: VisionTransformer) -> "ModelShape":
@@ -47,34 +50,40 @@ class ModelShape(BaseModel):
         )
 
     def build(self) -> VisionTransformer:
-        """Build a model of this shape, weights not loaded."""
+        """Build a model of this shape with initial weights; BadInput as `create_vit`."""
         return create_vit(self.name, self.num_classes, image_size=self.image_size, in_chans=self.in_chans)
 
     def arrays(self) -> dict[str, Tensor]:
         """List name, type and shape of each weight, as tensors on the meta device, which hold no numbers."""
-        with torch.device("meta"):
-            return self.build().state_dict()
+        return dict(_meta_arrays(self))
+
+
+@lru_cache(maxsize=32)  # many clients share few shapes
+def _meta_arrays(shape: ModelShape) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        create_vit(shape.name)  # refuses what is no plain ViT before a size is believed: some take minutes
+        return shape.build().state_dict()
 
 
 class Card(BaseModel):
-    """What a client says of itself, beside its weights: the JSON of an upload."""
+    """What a client says beside its weights: the JSON of an upload."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     client: int = Field(ge=0)
-    size: int = Field(ge=1)
+    size: int = Field(ge=1, le=2**53)  # n_k, exact as a float
     shape: ModelShape
-    class_counts: tuple[int, ...] | None = None
+    class_counts: tuple[int, ...] | None = None  # c_k
 
 
 class SealedCard(Card):
-    """A card as it is written: with the SHA-256 of the weights file, so that no damaged byte is believed."""
+    """A card as it is sent: with `Upload.digest`, so that no damaged byte of card or weights is believed."""
 
     sha256: str
 
 
 @dataclass(frozen=True)
 class Upload:
-    """One client's message: who, how many images n_k, the weights, and c_k only if asked for."""
+    """One client's message: its number, its images n_k, its weights, and c_k only where it is asked for."""
 
     client: int
     size: int
@@ -84,29 +93,30 @@ class Upload:
 
     @property
     def card(self) -> Card:
-        """What it says beside the weights."""
+        """What the message says beside the weights."""
         return Card(client=self.client, size=self.size, shape=self.shape, class_counts=self.class_counts)
 
     @cached_property
-    def sha256(self) -> str:
-        """The SHA-256 of the weights as safetensors; computed once."""
-        return hashlib.sha256(save(self.weights)).hexdigest()
+    def _weights_file(self) -> tuple[str, int]:
+        """SHA-256 and size in bytes of the weights as a safetensors file."""
+        data = save(self.weights)
+        return hashlib.sha256(data).hexdigest(), len(data)
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the whole message; what the server computes is addressed by it."""
-        return hashlib.sha256((self.sha256 + self.card.model_dump_json()).encode()).hexdigest()
+        """The SHA-256 of the whole message; what the server computes from it is addressed by it."""
+        return hashlib.sha256((self._weights_file[0] + self.card.model_dump_json()).encode()).hexdigest()
 
     @cached_property
     def bytes(self) -> int:
-        """Bytes of the message: the safetensors file and the card.
+        """The bytes of the message: the safetensors file and the card.
 
-        The checksum that guards the file is part of the transport, as a packet's is, and not counted.
+        The checksum is part of the transport, as a packet's is, and not counted.
         """
-        return wire_bytes(self.weights) + len(self.card.model_dump_json().encode())
+        return self._weights_file[1] + len(self.card.model_dump_json().encode())
 
     def without_counts(self) -> "Upload":
-        """The same upload for methods that do not need the class histogram."""
+        """Return the same upload without c_k, for methods that do not need it."""
         return replace(self, class_counts=None)
 
     def vit(self, share: bool = False) -> VisionTransformer:
@@ -118,14 +128,12 @@ class Upload:
     def save(self, folder: Path) -> None:
         """Write `weights.safetensors` and `upload.json` into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        data = save(self.weights)
-        (folder / WEIGHTS).write_bytes(data)
-        sealed = SealedCard(**dict(self.card), sha256=hashlib.sha256(data).hexdigest())
-        (folder / CARD).write_text(sealed.model_dump_json())
+        (folder / WEIGHTS).write_bytes(save(self.weights))
+        (folder / CARD).write_text(SealedCard(**dict(self.card), sha256=self.digest).model_dump_json())
 
     @classmethod
     def load(cls, folder: Path, expected: ModelShape | None = None) -> "Upload":
-        """Read and check an upload; BadInput names the client and what is wrong.
+        """Read and check an upload; BadInput, one line, names the client and what is wrong.
 
         expected: the shape that its model must have, where that is known.
         """
@@ -133,21 +141,21 @@ class Upload:
         who = f"upload of client {card.client}"
         if expected and card.shape != expected:
             raise BadInput(f"{who}: its model is {card.shape}, allowed is {expected}")
+        wanted = _arrays_of(who, card.shape)
         try:
-            compare_arrays(who, _read_header(folder / WEIGHTS), _arrays_of(who, card.shape))
-            data = (folder / WEIGHTS).read_bytes()
-            if hashlib.sha256(data).hexdigest() != card.sha256:
-                raise BadInput(f"{who}: {WEIGHTS} does not have the checksum that {CARD} states")
-            weights = load(data)
+            compare_arrays(who, _read_header(who, folder / WEIGHTS), wanted)
+            weights = load((folder / WEIGHTS).read_bytes())
         except BadInput:
             raise
         except Exception as error:  # whatever safetensors says of bytes that are no such file
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise BadInput(f"{who}: {WEIGHTS} is corrupt or truncated: {reason}") from None
-        return cls(card.client, card.size, card.shape, weights, card.class_counts).checked()
+            raise BadInput(f"{who}: {WEIGHTS} is corrupt or truncated: {_first_line(error)}") from None
+        upload = cls(card.client, card.size, card.shape, weights, card.class_counts)
+        if upload.digest != card.sha256:
+            raise BadInput(f"{who}: {WEIGHTS} and {CARD} do not have the checksum that the card states")
+        return upload.checked()
 
     def checked(self) -> "Upload":
-        """Return itself if weights and histogram are what a model of its shape has; else BadInput."""
+        """Return the upload itself; BadInput unless weights and counts are what a model of its shape has."""
         who = f"upload of client {self.client}"
         check_arrays(who, self.weights, _arrays_of(who, self.shape))
         counts, classes = self.class_counts, self.shape.num_classes
@@ -158,37 +166,50 @@ class Upload:
 
 
 def _read_card(folder: Path) -> SealedCard:
+    """Read an upload's card; BadInput names the client, or the folder where the card does not say."""
+    who, path = f"upload in {folder.name!r}", folder / CARD
     try:
-        if (folder / CARD).stat().st_size > CARD_BYTES:
-            raise BadInput(f"upload in {folder.name!r}: {CARD} is larger than {CARD_BYTES} bytes")
-        return SealedCard.model_validate_json((folder / CARD).read_text())
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
-        reason = str(error)
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            reason = ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
-        raise BadInput(f"upload in {folder.name!r}: {CARD} is not readable: {reason}") from None
+        if path.stat().st_size > CARD_BYTES:
+            raise BadInput(f"{who}: {CARD} is larger than {CARD_BYTES} bytes")
+        fields = from_json(path.read_bytes())
+        if isinstance(fields, dict) and isinstance(fields.get("client"), int):
+            who = f"upload of client {fields['client']}"
+        return SealedCard.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))[:100]
+        raise BadInput(f"{who}: {CARD} is not readable: {where!r}: {first['msg']}") from None
+    except (OSError, ValueError) as error:  # no such file, no JSON
+        raise BadInput(f"{who}: {CARD} is not readable: {_first_line(error)}") from None
 
 
-def _read_header(path: Path) -> dict[str, Tensor]:
-    """Name, type and shape of each array in a safetensors file, as meta tensors; no array is read."""
+def _read_header(who: str, path: Path) -> dict[str, Tensor]:
+    """Read name, type and shape of each array in a safetensors file, as meta tensors; no array is read."""
+    arrays = {}
     with safe_open(path, framework="pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        return {
-            name: torch.empty(
-                s.get_shape(),
-                dtype=getattr(torch, DTYPES.get(s.get_dtype(), s.get_dtype().lower()), torch.uint8),
-                device="meta",
-            )
-            for name, s in slices.items()
-        }
+        for name in sorted(file.keys()):
+            array = file.get_slice(name)
+            if (dtype := DTYPES.get(array.get_dtype())) is None:
+                raise BadInput(
+                    f"{who}: weight {name!r} is {array.get_dtype()}, allowed are {', '.join(DTYPES)}"
+                )
+            arrays[name] = torch.empty(array.get_shape(), dtype=dtype, device="meta")
+    return arrays
 
 
 def _arrays_of(who: str, shape: ModelShape) -> dict[str, Tensor]:
+    """List the arrays of a declared model; BadInput, naming the client, if it cannot be built."""
     try:
         return shape.arrays()
     except BadInput as error:
         raise BadInput(f"{who}: {error}") from None
+    except Exception as error:  # whatever timm says of a size that an architecture cannot have
+        raise BadInput(f"{who}: its model {shape} cannot be built: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its type where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def wire_bytes(arrays: Mapping[str, Tensor]) -> int:
@@ -197,7 +218,7 @@ def wire_bytes(arrays: Mapping[str, Tensor]) -> int:
 
 
 def compare_arrays(who: str, arrays: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """BadInput, naming the sender and the array, unless names, types and shapes are as expected.
+    """Raise BadInput, naming the sender and the array, unless names, types and shapes are as expected.
 
     Tensors of either may be on the meta device.
     """
@@ -215,7 +236,7 @@ def compare_arrays(who: str, arrays: Mapping[str, Tensor], expected: Mapping[str
 
 
 def check_arrays(who: str, arrays: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """`compare_arrays`, and BadInput for NaN and Inf: the one check of every message."""
+    """Check a message's arrays as `compare_arrays` does, and raise BadInput for NaN and Inf."""
     compare_arrays(who, arrays, expected)
     for name, value in arrays.items():
         if not torch.isfinite(value).all():
@@ -223,21 +244,22 @@ def check_arrays(who: str, arrays: Mapping[str, Tensor], expected: Mapping[str, 
 
 
 def check_same_images(uploads: Sequence[Upload]) -> None:
-    """BadInput unless there are uploads and their models, of whatever architecture, see the same images."""
+    """Raise BadInput unless there are uploads and their models, of any architecture, take the same images."""
     if not uploads:
         raise BadInput("uploads=[] is empty: at least one upload is needed")
-    seen = [(u.shape.num_classes, u.shape.image_size, u.shape.in_chans) for u in uploads]
-    for upload, own in zip(uploads, seen, strict=True):
-        if own != seen[0]:
+    taken = [(u.shape.num_classes, u.shape.image_size, u.shape.in_chans) for u in uploads]
+    first = taken[0]
+    for upload, own in zip(uploads, taken, strict=True):
+        if own != first:
             raise BadInput(
                 f"upload of client {upload.client}: its {own[0]} classes, {own[1]} pixels a side and "
-                f"{own[2]} channels differ from client {uploads[0].client}'s {seen[0][0]}, {seen[0][1]} and "
-                f"{seen[0][2]}; one ensemble needs the same"
+                f"{own[2]} channels differ from client {uploads[0].client}'s {first[0]}, {first[1]} and "
+                f"{first[2]}; one ensemble needs the same"
             )
 
 
 def check_same_shape(uploads: Sequence[Upload]) -> None:
-    """BadInput unless there are uploads and all hold one architecture."""
+    """Raise BadInput unless there are uploads and all hold one architecture."""
     if not uploads:
         raise BadInput("uploads=[] is empty: at least one upload is needed")
     for upload in uploads[1:]:

@@ -1,4 +1,4 @@
-"""Small image files in the layouts of the photo tasks, for the tests that read them."""
+"""Small image files in class folders, for the tests that read them."""
 
 import numpy as np
 import torch
@@ -14,13 +14,14 @@ SIZE = 8
 
 
 def draw(path, seed, size=(10, 10)):
-    """A picture of smooth random colours that no other seed gives."""
+    """Write an image of smooth random colours, another for each seed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(path)
 
 
 def fill(root, classes=("bee", "ant", "cat"), each=10):
+    """Write so many images of each class; return the folder."""
     for k, name in enumerate(classes):
         for i in range(each):
             draw(root / name / f"{i}.png", 1000 * k + i)
@@ -28,12 +29,13 @@ def fill(root, classes=("bee", "ant", "cat"), each=10):
 
 
 def load(root, name="image-folder", seed=0, size=SIZE, stats=RGB, cache=None, **options):
+    """Load the task of a folder, with options of TaskSettings."""
     data_dir = None if root is None else str(root)
     return fm.load_task(TaskSettings(name=name, data_dir=data_dir, **options), seed, size, stats, cache)
 
 
 def album(root, name="image-folder", size=SIZE, stats=RGB, cache=None, **options):
-    """All images in the order of the files."""
+    """Load all images in the order of the files."""
     return photos.load_photos(TaskSettings(name=name, data_dir=str(root), **options), size, stats, cache)
 
 
@@ -46,6 +48,7 @@ def rows(split):
 
 
 def experiment(root, store, **more):
+    """Make a small experiment of two clients on a folder."""
     given = {"task.name": "image-folder", "task.data_dir": str(root), "partition.clients": 2}
     given |= {"partition.min_size": 2, "client.epochs": 1} | more
     return fm.Experiment(fm.Settings.load("smoke", given), store)

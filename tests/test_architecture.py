@@ -1,4 +1,4 @@
-"""Importing: torchvision beside any torch, and what the server's side can reach."""
+"""The layout: torchvision beside any torch, what the server can reach, one direction of imports, file sizes."""
 
 import ast
 import importlib
@@ -12,10 +12,26 @@ import torch
 import fedmitr
 
 PACKAGE = Path(fedmitr.__file__).parent
-FORBIDDEN = {"photos", "tasks", "partition", "client"}
-SERVER = ["upload", "ensemble", "attention", "pixels", "inversion", "relabel", "distill", "fuse"]
-SERVER += sorted(f"methods.{p.stem}" for p in (PACKAGE / "methods").glob("*.py") if p.stem != "__init__")
-SERVER += ["methods.__init__"]
+ROOT = PACKAGE.parent
+# A module imports from its own folder and from those above it in this list, never from those below.
+ORDER = [
+    {"core"},
+    {"settings"},
+    {"vision"},
+    {"upload"},
+    {"data", "server"},  # neither knows the other
+    {"client"},
+    {"methods"},
+    {"evaluation"},
+    {"experiments"},
+    {"figures"},
+    {"cli", "flower_app"},
+    {"__init__"},
+]
+RANK = {folder: rank for rank, folders in enumerate(ORDER) for folder in folders}
+BLIND = ("upload", "server.", "methods.", "vision.", "settings.", "core.")  # what sees no data
+DATA = ("data.", "client.")
+MOST_LINES = 350
 
 
 def test_timm_and_torchvision_import_beside_fedmitr():
@@ -59,7 +75,12 @@ def test_a_torchvision_that_is_already_imported_is_left_alone(monkeypatch):
     fedmitr._let_torchvision_import()
 
 
-# The server's rooms import nothing that knows the data.
+# One direction: the graph of imports, read from the sources.
+
+
+def module_names(package: Path) -> list[str]:
+    """All modules of a package as dotted names below it, `folder.__init__` for a folder's own."""
+    return sorted(".".join(p.relative_to(package).with_suffix("").parts) for p in package.rglob("*.py"))
 
 
 def imports(package: Path, module: str, but: tuple[str, ...] = ()) -> set[str]:
@@ -77,7 +98,10 @@ def imports(package: Path, module: str, but: tuple[str, ...] = ()) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             above = base[: len(base) - node.level + 1] if node.level else []
             source = ".".join([*above, node.module] if node.module else above)
-            names = [source, *(f"{source}.{a.name}" for a in node.names)]
+            # a module named by `from . import module` counts, its folder's own file only for other names
+            inside = [f"{source}.{a.name}" for a in node.names]
+            modules = [n for n in inside if as_file(package, n.removeprefix(f"{package.name}."))]
+            names = modules + ([source] if len(modules) < len(inside) else [])
         else:
             continue
         for name in names:
@@ -87,7 +111,7 @@ def imports(package: Path, module: str, but: tuple[str, ...] = ()) -> set[str]:
 
 
 def as_file(package: Path, name: str) -> str | None:
-    """The module that a dotted name means: a file, a package's __init__, or nothing (a function)."""
+    """The module that a dotted name means: a file, a folder's __init__, or nothing (a function)."""
     if (package / f"{name.replace('.', '/')}.py").is_file():
         return name
     return f"{name}.__init__" if (package / name.replace(".", "/") / "__init__.py").is_file() else None
@@ -104,27 +128,71 @@ def reachable(package: Path, module: str, but: tuple[str, ...] = ()) -> set[str]
     return seen
 
 
-@pytest.mark.parametrize("module", SERVER)
-def test_server_cannot_see_data(module):
-    assert not reachable(PACKAGE, module) & FORBIDDEN
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import each other in a loop."""
+    reach = {name: set(targets) for name, targets in graph.items()}
+    for middle in graph:  # Warshall's closure
+        for name in graph:
+            if middle in reach[name]:
+                reach[name] |= reach[middle]
+    looped = [name for name in graph if name in reach[name]]
+    groups = {
+        frozenset(other for other in looped if name in reach[other] and other in reach[name])
+        for name in looped
+    }
+    return sorted(sorted(group) for group in groups)
+
+
+def data_seen(names: set[str]) -> set[str]:
+    return {name for name in names if name.startswith(DATA)}
+
+
+@pytest.mark.parametrize("module", [m for m in module_names(PACKAGE) if m.startswith(BLIND)])
+def test_the_server_cannot_see_data(module):
+    assert not data_seen(reachable(PACKAGE, module))
 
 
 def test_only_the_client_of_the_flower_app_can_see_data():
-    assert not reachable(PACKAGE, "flower_app", but=("local_upload",)) & FORBIDDEN
-    assert reachable(PACKAGE, "flower_app") >= FORBIDDEN
+    assert not data_seen(reachable(PACKAGE, "flower_app", but=("local_upload",)))
+    assert data_seen(reachable(PACKAGE, "flower_app")) >= {"data.tasks", "client.train"}
 
 
-def test_the_walk_sees_what_the_experiment_imports():
-    assert reachable(PACKAGE, "experiment") >= {*FORBIDDEN, "inversion", "methods.fedmitr", "vit"}
+def test_the_walk_sees_what_a_run_imports():
+    assert reachable(PACKAGE, "experiments.run") >= {
+        *("data.tasks", "data.partition", "client.train", "client.fusefl"),
+        *("server.ensemble", "vision.vit", "upload"),
+    }
+
+
+def test_every_folder_has_its_place():
+    assert {name.split(".")[0] for name in module_names(PACKAGE)} == set(RANK)
+
+
+@pytest.mark.parametrize("module", module_names(PACKAGE))
+def test_no_import_runs_back_up(module):
+    folder = module.split(".")[0]
+    for name in imports(PACKAGE, module):
+        other = name.split(".")[0]
+        assert other == folder or RANK[other] < RANK[folder], f"{module} imports {name}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {name: imports(PACKAGE, name) for name in module_names(PACKAGE)}
+    assert circles(graph) == []
+
+
+def test_circles_are_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set(), "e": {"a"}, "f": {"g"}, "g": {"f"}}
+    assert circles(graph) == [["a", "b", "c"], ["f", "g"]]
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        "from .tasks import load_task",
-        "from . import tasks",
-        "import fed.tasks",
-        "from fed import tasks as t",
+        "from .data.tasks import load_task",
+        "from .data import tasks",
+        "import fed.data.tasks",
+        "from fed.data import tasks as t",
         "from .methods import peek",
         "from .methods.peek import look",
         "from .between import load_task",
@@ -133,17 +201,44 @@ def test_the_walk_sees_what_the_experiment_imports():
 )
 def test_the_walk_catches_every_way_to_the_data(line, tmp_path):
     package = tmp_path / "fed"
-    (package / "methods").mkdir(parents=True)
+    for folder in ("methods", "data"):
+        (package / folder).mkdir(parents=True)
     files = {
-        "tasks": "x = 1",
-        "between": "from .tasks import load_task",
+        "data/__init__": "",
+        "data/tasks": "x = 1",
+        "between": "from .data.tasks import load_task",
         "methods/__init__": "",
-        "methods/peek": "from ..tasks import load_task",
+        "methods/peek": "from ..data.tasks import load_task",
         "bad": line,
         "good": "import torch\nfrom .vit import create_vit",
         "vit": "import timm",
     }
     for name, text in files.items():
         (package / f"{name}.py").write_text(text)
-    assert "tasks" in reachable(package, "bad")
+    assert data_seen(reachable(package, "bad")) >= {"data.tasks"}
     assert reachable(package, "good") == {"vit"}
+
+
+# Sizes, and tests that mirror the folders.
+
+
+def sources() -> list[Path]:
+    folders = ("fedmitr", "tests", "benchmarks", "tools")
+    return sorted(p for folder in folders for p in (ROOT / folder).rglob("*.py"))
+
+
+def test_no_file_is_long():
+    lines = {p.relative_to(ROOT).as_posix(): len(p.read_text().splitlines()) for p in sources()}
+    assert {name: n for name, n in lines.items() if n > MOST_LINES} == {}
+
+
+def test_no_folder_is_crowded():
+    for folder in PACKAGE.iterdir():
+        if folder.is_dir() and folder.name not in ("methods", "shipped", "__pycache__"):
+            assert len([p for p in folder.glob("*.py") if p.stem != "__init__"]) <= 10, folder.name
+
+
+def test_tests_lie_in_the_folders_of_what_they_test():
+    tested = {p.name for p in (ROOT / "tests").iterdir() if p.is_dir() and any(p.glob("test_*.py"))}
+    packages = {name.split(".")[0] for name in module_names(PACKAGE) if "." in name}
+    assert packages <= tested

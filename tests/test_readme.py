@@ -1,5 +1,6 @@
 """The README: its table is the shipped results, its example runs."""
 
+import importlib
 import importlib.util
 import re
 
@@ -41,6 +42,42 @@ def test_at_the_default_skew_both_files_say_the_same():
     both = runs.merge(skews, on=["method", "alpha", "seed"], suffixes=("", " there"))
     assert len(both) == (skews["alpha"] == 0.1).sum()
     assert (both["accuracy"] == both["accuracy there"]).all()
+
+
+def map_rows():
+    """The rows of the map: name of the step and the functions that it lists."""
+    part = README.read_text().split("## Read it")[1].split("\n\n")[1]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in part.splitlines()[2:]]
+    return {row[1]: re.findall(r"`([\w.]+)`", row[-1]) for row in rows}
+
+
+def follow(name):
+    """The object that a dotted name below the package means."""
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(["fedmitr", *parts[:cut]]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[cut:]:
+            found = getattr(found, part)
+        return found
+    raise AssertionError(name)
+
+
+def test_the_map_names_functions_that_are_there_and_explain_themselves():
+    rows = map_rows()
+    assert len(rows) >= 12 and all(rows.values())
+    for name in (name for names in rows.values() for name in names if name != "flower_app.serve"):
+        found = follow(name)
+        assert not isinstance(found, type(re)), f"{name} is a module, not a function"
+        assert isinstance(found, dict) or (found.__doc__ and len(found.__doc__) > 20), name
+
+
+def test_the_map_has_every_folder_of_the_package():
+    text = README.read_text().split("```\nfedmitr/")[1].split("```")[0]
+    folders = {p.parent.name for p in (home() / "fedmitr").glob("*/__init__.py")}
+    assert folders == set(re.findall(r"([a-z]+)/", text))
 
 
 def test_fill_replaces_only_what_lies_between_the_markers():

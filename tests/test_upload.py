@@ -1,18 +1,21 @@
-"""upload.py: bytes on the wire, what a spoilt upload says, and the average of many."""
+"""upload.py: what comes back from disk, what a message weighs, and what a hostile or damaged one says."""
 
 import dataclasses
+import hashlib
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from helpers import make_upload
-from hypothesis import given
+from helpers import loud, make_upload
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import fedmitr as fm
-from fedmitr.methods.fedavg import average_weights
-from fedmitr.upload import CARD, WEIGHTS, ModelShape
+from fedmitr import upload as module
+from fedmitr.upload import CARD, CARD_BYTES, WEIGHTS, Card, ModelShape, check_arrays, check_same_images
 
 
 @pytest.fixture
@@ -24,25 +27,42 @@ def saved(uploads, tmp_path):
 
 def test_an_upload_comes_back_bit_for_bit(saved, uploads):
     again = fm.Upload.load(saved)
-    assert (again.client, again.size, again.shape, again.class_counts) == (
-        1,
-        20,
-        uploads[1].shape,
-        uploads[1].class_counts,
-    )
+    assert again.card == uploads[1].card and (again.client, again.size) == (1, 20)
     assert again.weights.keys() == uploads[1].weights.keys()
     for name, value in uploads[1].weights.items():
         assert torch.equal(again.weights[name], value) and again.weights[name].dtype == value.dtype
     assert again.digest == uploads[1].digest
 
 
+@given(
+    client=st.integers(0, 10**6),
+    counts=st.none() | st.lists(st.integers(0, 50), min_size=10, max_size=10).filter(any),
+    size=st.integers(1, 2**53),
+)
+@settings(max_examples=10)
+def test_any_client_and_counts_come_back(uploads, tmp_path_factory, client, counts, size):
+    folder = tmp_path_factory.mktemp("upload")
+    upload = fm.Upload(
+        client,
+        size if counts is None else sum(counts),
+        uploads[0].shape,
+        uploads[0].weights,
+        None if counts is None else tuple(counts),
+    )
+    upload.save(folder)
+    again = fm.Upload.load(folder, expected=upload.shape)
+    assert again.card == upload.card and again.digest == upload.digest and again.bytes == upload.bytes
+
+
 @pytest.mark.parametrize("with_counts", [True, False])
-def test_bytes_are_the_sizes_of_the_files(uploads, tmp_path, with_counts):
+def test_bytes_are_the_sizes_of_the_files_without_the_checksum(uploads, tmp_path, with_counts):
     upload = uploads[1] if with_counts else uploads[1].without_counts()
     upload.save(tmp_path)
-    files = list(tmp_path.iterdir())
-    assert {f.name for f in files} == {WEIGHTS, CARD}
-    assert upload.bytes == sum(f.stat().st_size for f in files)
+    assert {f.name for f in tmp_path.iterdir()} == {WEIGHTS, CARD}
+    card = json.loads((tmp_path / CARD).read_text())
+    assert card.pop("sha256") == upload.digest
+    card = json.dumps(card, separators=(",", ":")).encode()
+    assert upload.bytes == (tmp_path / WEIGHTS).stat().st_size + len(card)
     assert fm.Upload.load(tmp_path).class_counts == upload.class_counts
 
 
@@ -59,9 +79,20 @@ def test_the_digest_tells_apart_all_that_is_sent(uploads):
     assert len({u.digest for u in [upload, *others]}) == 5
 
 
-def test_the_model_is_frozen_and_answers_as_the_clients_did(images):
-    from helpers import loud
+def test_weights_are_serialised_once_for_digest_and_bytes(uploads, monkeypatch):
+    saves, save = [], module.save
+    monkeypatch.setattr(module, "save", lambda weights: saves.append(1) or save(weights))
+    upload = dataclasses.replace(uploads[0])
+    for _ in range(3):
+        assert upload.digest == uploads[0].digest and upload.bytes == uploads[0].bytes
+    assert len(saves) == 1
+    plain = upload.without_counts()
+    assert plain.digest != upload.digest
+    assert upload.bytes - plain.bytes == len("[9,8,7,0,0,0,0,0,0,0]") - len("null")
+    assert len(saves) == 2
 
+
+def test_the_model_is_frozen_and_predicts_as_the_clients_did(images):
     upload, vit = make_upload(4, (1,) * 10), loud(fm.create_vit("vit_micro", 10), seed=104)
     rebuilt = upload.vit()
     assert not rebuilt.training and not any(p.requires_grad for p in rebuilt.parameters())
@@ -73,10 +104,12 @@ def test_the_model_is_frozen_and_answers_as_the_clients_did(images):
 )
 def test_a_shape_rebuilds_its_model(name, options):
     vit = fm.create_vit(name, 6, **options)
-    built = ModelShape.of(name, vit).build()
-    assert {k: v.shape for k, v in built.state_dict().items()} == {
-        k: v.shape for k, v in vit.state_dict().items()
-    }
+    wanted = {k: (v.shape, v.dtype) for k, v in vit.state_dict().items()}
+    shape = ModelShape.of(name, vit)
+    assert {k: (v.shape, v.dtype) for k, v in shape.build().state_dict().items()} == wanted
+    listed = shape.arrays()
+    assert {k: (v.shape, v.dtype) for k, v in listed.items()} == wanted
+    assert all(v.is_meta for v in listed.values())
 
 
 # Spoilt uploads: one line that names the client.
@@ -100,6 +133,20 @@ def edit_weights(change):
     return spoil
 
 
+def sealed(spoil):
+    """The same change by a client that knows what it does: the checksum is that of what it sends."""
+
+    def spoil_and_seal(folder):
+        spoil(folder)
+        tree = json.loads((folder / CARD).read_text())
+        del tree["sha256"]
+        weights = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+        tree["sha256"] = hashlib.sha256((weights + Card(**tree).model_dump_json()).encode()).hexdigest()
+        (folder / CARD).write_text(json.dumps(tree))
+
+    return spoil_and_seal
+
+
 def overwrite(name, content):
     return lambda folder: (folder / name).write_bytes(content)
 
@@ -112,85 +159,185 @@ def poison(value):
     def change(weights):
         weights["norm.bias"][3] = value
 
-    return edit_weights(change)
+    return sealed(edit_weights(change))
+
+
+def other_type(folder):
+    """Declare other numbers of as many bytes; the rest of the file stays."""
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data.replace(b'"dtype":"F32"', b'"dtype":"I32"', 1))
+
+
+def other_weights(folder):
+    make_upload(7, (1,) * 10).save(folder.parent / "client7")
+    (folder / WEIGHTS).write_bytes((folder.parent / "client7" / WEIGHTS).read_bytes())
+
+
+def sum_of(folder):
+    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
 
 
 SPOILT = {
-    "truncated": truncate,
-    "empty weights": overwrite(WEIGHTS, b""),
-    "garbage weights": overwrite(WEIGHTS, b"\xff" * 400),
-    "no weights": lambda folder: (folder / WEIGHTS).unlink(),
-    "no card": lambda folder: (folder / CARD).unlink(),
-    "card not JSON": overwrite(CARD, b"{client: 1"),
-    "card not text": overwrite(CARD, b"\xff\xfe\x00"),
-    "card not an object": overwrite(CARD, b"[1]"),
-    "card lacks size": edit_card(lambda c: c.pop("size")),
-    "size zero": edit_card(lambda c: c.update(size=0)),
-    "size not a number": edit_card(lambda c: c.update(size="many")),
-    "negative client": edit_card(lambda c: c.update(client=-1)),
-    "unknown field": edit_card(lambda c: c.update(images=[1, 2])),
-    "unknown model": edit_card(lambda c: c["shape"].update(name="resnet18")),
-    "impossible size": edit_card(lambda c: c["shape"].update(image_size=25)),
-    "other classes": edit_card(lambda c: c["shape"].update(num_classes=11)),
-    "counts too short": edit_card(lambda c: c.update(class_counts=[20])),
-    "counts do not sum": edit_card(lambda c: c.update(class_counts=[2] * 10, size=21)),
-    "negative counts": edit_card(lambda c: c.update(class_counts=[-1, 21] + [0] * 8)),
-    "NaN": poison(float("nan")),
-    "Inf": poison(float("-inf")),
-    "missing weight": edit_weights(lambda w: w.pop("norm.bias")),
-    "unknown weight": edit_weights(lambda w: w.update(extra=torch.zeros(2))),
-    "wrong shape": edit_weights(lambda w: w.update({"norm.bias": torch.zeros(97)})),
-    "wrong type": edit_weights(lambda w: w.update({"norm.bias": torch.zeros(96, dtype=torch.float64)})),
+    "truncated": (truncate, "truncated"),
+    "empty weights": (overwrite(WEIGHTS, b""), "corrupt"),
+    "garbage weights": (overwrite(WEIGHTS, b"\xff" * 400), "corrupt"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
+    "no card": (lambda folder: (folder / CARD).unlink(), CARD),
+    "card not JSON": (overwrite(CARD, b"{client: 1"), CARD),
+    "card not text": (overwrite(CARD, b"\xff\xfe\x00"), CARD),
+    "card not an object": (overwrite(CARD, b"[1]"), CARD),
+    "card nested deeply": (overwrite(CARD, b"[" * 10**5), CARD),
+    "card too large": (edit_card(lambda c: c.update(name="n" * CARD_BYTES)), "larger"),
+    "card of many faults": (edit_card(lambda c: c.update({str(i): 0 for i in range(80_000)})), "Extra"),
+    "a key of two lines": (edit_card(lambda c: c.update({"a\nb": 0})), "Extra"),
+    "card lacks size": (edit_card(lambda c: c.pop("size")), "size"),
+    "card lacks checksum": (edit_card(lambda c: c.pop("sha256")), "sha256"),
+    "size zero": (edit_card(lambda c: c.update(size=0)), "size"),
+    "size not a number": (edit_card(lambda c: c.update(size="many")), "size"),
+    "size no float holds": (edit_card(lambda c: c.update(size=10**400)), "size"),
+    "negative client": (edit_card(lambda c: c.update(client=-1)), "client"),
+    "unknown field": (edit_card(lambda c: c.update(images=[1, 2])), "images"),
+    "unknown model": (edit_card(lambda c: c["shape"].update(name="resnet18")), "resnet18"),
+    "a name of a book": (edit_card(lambda c: c["shape"].update(name="vit" * 50)), "shape.name"),
+    "impossible size": (edit_card(lambda c: c["shape"].update(image_size=25)), "image_size=25"),
+    "other classes": (sealed(edit_card(lambda c: c["shape"].update(num_classes=11))), "[11, 96]"),
+    "counts too short": (sealed(edit_card(lambda c: c.update(class_counts=[20]))), "class_counts"),
+    "other sum": (sealed(edit_card(lambda c: c.update(class_counts=[2] * 10, size=21))), "class_counts"),
+    "negative": (sealed(edit_card(lambda c: c.update(class_counts=[-1, 21] + [0] * 8))), "class_counts"),
+    "NaN": (poison(float("nan")), "NaN"),
+    "Inf": (poison(float("-inf")), "NaN or Inf"),
+    "missing weight": (edit_weights(lambda w: w.pop("norm.bias")), "missing"),
+    "unknown weight": (edit_weights(lambda w: w.update(extra=torch.zeros(2))), "unknown"),
+    "wrong shape": (edit_weights(lambda w: w.update({"norm.bias": torch.zeros(97)})), "[97]"),
+    "wrong type": (edit_weights(lambda w: w.update({"norm.bias": torch.zeros(96).double()})), "float64"),
+    "type that no model has": (other_type, "I32"),
+    "other counts": (edit_card(lambda c: c.update(class_counts=[2] * 10)), "checksum"),
+    "other client": (edit_card(lambda c: c.update(client=0)), "checksum"),
+    "other weights": (other_weights, "checksum"),
+    "checksum of the weights alone": (
+        lambda f: edit_card(lambda c: c.update(sha256=sum_of(f)))(f),
+        "checksum",
+    ),
 }
 
 
-@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT.keys())
-def test_a_spoilt_upload_is_one_line_naming_the_client(saved, spoil, one_line):
+@pytest.mark.parametrize("spoil, word", SPOILT.values(), ids=SPOILT.keys())
+def test_a_spoilt_upload_is_one_line_naming_the_client(saved, spoil, word, one_line):
     spoil(saved)
     with pytest.raises(fm.BadInput) as error:
         fm.Upload.load(saved)
-    one_line(error.value, "upload")
-    assert "client 1" in str(error.value) or "'client1'" in str(error.value), error.value
+    one_line(error.value, "upload", word)
+    told = ("client 1:", "client -1:", "client 0:", "'client1'")  # as far as the card says who
+    assert any(who in str(error.value) for who in told), error.value
+    assert len(str(error.value)) < 500
 
 
-# The average.
+def test_a_model_that_was_not_expected_is_refused_before_the_weights_are_opened(saved, one_line):
+    (saved / WEIGHTS).unlink()
+    for change in (dict(name="test_vit"), dict(num_classes=9), dict(image_size=32), dict(in_chans=3)):
+        shape = ModelShape(**{**dict(name="vit_micro", num_classes=10, image_size=24, in_chans=1), **change})
+        with pytest.raises(fm.BadInput) as error:
+            fm.Upload.load(saved, expected=shape)
+        one_line(error.value, "client 1", "allowed is", str(next(iter(change.values()))))
 
 
-def test_the_average_is_the_sum_weighted_by_size(uploads):
-    average = average_weights(uploads)
-    total = sum(u.size for u in uploads)
-    for name in uploads[0].weights:
-        closed = sum(u.weights[name].numpy().astype("float64") * u.size for u in uploads) / total
-        torch.testing.assert_close(average[name], torch.from_numpy(closed).float(), rtol=1e-6, atol=1e-7)
-        assert average[name].dtype == torch.float32
+def flipped(data, bit):
+    """The same bytes but for one bit."""
+    data = bytearray(data)
+    data[bit // 8] ^= 1 << bit % 8
+    return bytes(data)
 
 
-@given(sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=4))
-def test_identical_uploads_average_to_one_of_them(uploads, sizes):
-    copies = [dataclasses.replace(uploads[0], client=k, size=n) for k, n in enumerate(sizes)]
-    for name, value in average_weights(copies).items():
-        torch.testing.assert_close(value, uploads[0].weights[name], rtol=1e-6, atol=1e-8)
+@pytest.mark.parametrize("where, count", [("anywhere", 400), ("header", 100)])
+def test_every_flipped_bit_of_the_weights_is_noticed(saved, where, count, one_line):
+    data = (saved / WEIGHTS).read_bytes()
+    end = len(data) if where == "anywhere" else 8 + int.from_bytes(data[:8], "little")
+    rng = torch.Generator().manual_seed(0)
+    for bit in torch.randint(8 * end, (count,), generator=rng).tolist():
+        (saved / WEIGHTS).write_bytes(flipped(data, bit))
+        with pytest.raises(fm.BadInput) as error:
+            fm.Upload.load(saved)
+        one_line(error.value, "client 1")
 
 
-def test_a_client_that_holds_nearly_everything_is_nearly_the_average(uploads):
-    big = dataclasses.replace(uploads[0], size=10**9)
-    average = average_weights([uploads[1], big])
-    torch.testing.assert_close(average["pos_embed"], big.weights["pos_embed"], rtol=1e-4, atol=1e-6)
+def test_a_flipped_bit_of_the_card_is_noticed_or_tells_the_same(saved, uploads, one_line):
+    data = (saved / CARD).read_bytes()
+    bits = torch.randperm(8 * len(data), generator=torch.Generator().manual_seed(0))[:400]
+    for bit in bits.tolist():
+        (saved / CARD).write_bytes(flipped(data, bit))
+        try:
+            assert fm.Upload.load(saved).card == uploads[1].card
+        except fm.BadInput as error:
+            one_line(error, "upload")
 
 
-def test_the_average_does_not_depend_on_the_order(uploads):
-    one, two = average_weights(uploads), average_weights(uploads[::-1])
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-6, atol=1e-7)
+# Hostile cards: nothing is allocated for what they declare, and nothing is fetched for the names they give.
+
+HOSTILE = [
+    *(dict(num_classes=n) for n in (10**5, 10**9, 10**12, 10**30)),
+    *(dict(image_size=n) for n in (32_768, 100_000, 10**9, 10**30)),
+    *(dict(in_chans=n) for n in (4096, 10**6, 10**9, 10**30)),
+    *(
+        dict(name=n, image_size=224)
+        for n in ("vit_gigantic_patch14_224", "vit_large_patch16_384.augreg_in21k")
+    ),
+    *(dict(name=n) for n in ("hf-hub:timm/vit_tiny_patch16_224", "local-dir:.", "../vit_micro", "", "a\nb")),
+    dict(name="vit_huge_patch14_224", image_size=32_760, num_classes=10**5, in_chans=4096),
+    *(dict(name=n, image_size=28_672) for n in ("swin_tiny_patch4_window7_224", "maxvit_tiny_tf_224")),
+]
+LOAD_ALL = """
+import resource, socket, sys
+from pathlib import Path
+import fedmitr as fm
+
+def refuse(*_, **__):
+    raise SystemExit("went to the network")
+
+socket.socket.connect = socket.getaddrinfo = refuse
+if sys.platform == "linux":
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + 2**30,) * 2)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for folder in sys.argv[1:]:
+    try:
+        fm.Upload.load(Path(folder))
+    except fm.BadInput as error:
+        print(error)
+kilobyte = 1024 if sys.platform == "darwin" else 1
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // kilobyte)
+"""
 
 
-def test_no_uploads_and_mixed_architectures_are_one_line(uploads, one_line):
-    with pytest.raises(fm.BadInput) as error:
-        average_weights([])
-    one_line(error.value, "uploads")
-    other = dataclasses.replace(
-        uploads[1], shape=ModelShape(name="test_vit", num_classes=10, image_size=24, in_chans=1)
-    )
-    with pytest.raises(fm.BadInput) as error:
-        average_weights([uploads[0], other])
-    one_line(error.value, "client 1", "test_vit", "vit_micro")
+def test_a_hostile_card_makes_the_server_allocate_and_fetch_nothing(saved):
+    folders = []
+    for number, change in enumerate(HOSTILE):
+        folder = saved.parent / f"hostile{number}"
+        folder.mkdir()
+        (folder / WEIGHTS).hardlink_to(saved / WEIGHTS)
+        card = json.loads((saved / CARD).read_text())
+        card["shape"] |= change
+        (folder / CARD).write_text(json.dumps(card))
+        folders.append(str(folder))
+    done = subprocess.run([sys.executable, "-c", LOAD_ALL, *folders], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *lines, kilobytes = done.stdout.splitlines()
+    assert len(lines) == len(HOSTILE) and all(line.startswith("upload of client 1: ") for line in lines)
+    assert int(kilobytes) < 200_000
+
+
+def test_arrays_in_memory_are_checked_as_those_of_a_file(uploads, one_line):
+    wanted = uploads[0].shape.arrays()
+    check_arrays("stage 1", uploads[0].weights, wanted)
+    for value, word in ((None, "NoneType"), (torch.zeros(3), "[3]"), (torch.full((96,), torch.nan), "NaN")):
+        with pytest.raises(fm.BadInput) as error:
+            check_arrays("stage 1", uploads[0].weights | {"norm.bias": value}, wanted)
+        one_line(error.value, "stage 1", "norm.bias", word)
+
+
+def test_members_of_one_ensemble_take_the_same_images(uploads, one_line):
+    check_same_images(uploads)
+    other = dataclasses.replace(uploads[1], shape=uploads[1].shape.model_copy(update={"image_size": 32}))
+    for wrong, words in (([], ("uploads=[]",)), ([uploads[0], other], ("client 1", "32", "24"))):
+        with pytest.raises(fm.BadInput) as error:
+            check_same_images(wrong)
+        one_line(error.value, *words)

@@ -94,7 +94,7 @@ def caption(runs: pd.DataFrame) -> str:
 
 def main() -> None:
     runs = pd.read_csv(RESULTS)
-    measured = times(default_store(), home() / "notebooks" / "executed" / "laptop")
+    measured = times(default_store(), home() / "reproduced" / "laptop" / "notebooks")
     readme = home() / "README.md"
     skews = skews_table(pd.read_csv(SKEWS))
     text = f"{caption(runs)}\n\n{accuracy_table(runs)}\n\n{verdict(runs)}\n\n{skews}\n\n{measured}"

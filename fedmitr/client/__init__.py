@@ -1,1 +1,1 @@
-"""Step 1: a shard of images becomes one upload."""
+"""Method step 1, the client: a shard of images becomes one upload, or FuseFL's stages."""

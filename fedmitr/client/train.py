@@ -1,4 +1,4 @@
-"""Local training: a shard and the shared initial model in, one `Upload` out (method step 1)."""
+"""Local training: from a shard and the shared initial model to one `Upload` (method step 1)."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -30,10 +30,10 @@ def train_client(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Upload:
-    """Minimise cross-entropy on the shard from the shared model; the initial model is left as it is.
+    """Train a copy of the shared model on a shard, with `local_loss` and `fedprox`; return the upload.
 
     name: the shared model's, as `create_vit` takes it. progress is called with 1 after each step. The upload
-    carries the class histogram; `Upload.without_counts` drops it. Raises BadInput where training diverges.
+    carries the class counts c_k; `Upload.without_counts` drops them. Raises BadInput where training diverges.
     """
     vit = copy.deepcopy(initial).to(device()).train()
 
@@ -62,8 +62,8 @@ def fit(
 ) -> None:
     """Train models together, in place, on random views of a shard: the loop of all local training.
 
-    loss_of takes images (B, ch, H, W) and labels (B,). rng fixes the order of the images, their views and
-    dropout; progress is called with 1 after each step.
+    loss_of takes images (B, ch, H, W) and labels (B,) to the loss. rng fixes the order of the images, their
+    views and dropout; progress is called with 1 after each step.
     """
     torch.manual_seed(torch.randint(2**31, (1,), generator=rng).item())  # dropout in models that have it
     at = device()
@@ -87,7 +87,7 @@ def fit(
 
 
 def _one_optimizer(models: Sequence[nn.Module], settings: ClientSettings) -> torch.optim.Optimizer:
-    """One optimiser of several models; which weights decay is decided in each by its own names."""
+    """Make one optimiser of several models; in each its own names decide which weights decay."""
     how = (settings.optimizer, settings.lr, settings.weight_decay, settings.momentum)
     first, *others = (make_optimizer(model, *how) for model in models)
     for group in (group for other in others for group in other.param_groups):
@@ -107,10 +107,10 @@ def token_loss(
     labels: Tensor,
     settings: ClientSettings,
 ) -> Tensor:
-    """CE(z^0, y) + token_weight · (1/N) Σ_i CE(z^i, y), with label smoothing.
+    """Compute CE(z^0, y) + token_weight · (1/N) Σ_i CE(z^i, y), mean over the batch, with label smoothing.
 
-    tokens(rows) gives the normalised output tokens (B, P + N, d), or the first `rows` of them, which is
-    all that the loss reads without token labels.
+    tokens(rows) returns the normalised output tokens (B, P + N, d), or with `rows` the first so many of
+    them, which are all that the loss reads without token labels. labels: (B,).
     """
     smooth, weight = settings.label_smoothing, settings.token_weight
     with autocast(settings.precision):
@@ -126,7 +126,7 @@ def token_loss(
 
 
 def fedprox(vit: VisionTransformer, initial: VisionTransformer, settings: ClientSettings) -> Tensor | float:
-    """(μ/2)‖w − w_shared‖², which holds a client near the shared model (FedProx, Li et al. 2020)."""
+    """Compute (μ/2)‖w − w_shared‖², which holds a client near the shared model (FedProx, Li et al. 2020)."""
     if not settings.fedprox:
         return 0.0
     pairs = zip(vit.parameters(), initial.parameters(), strict=True)

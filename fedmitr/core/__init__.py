@@ -1,1 +1,1 @@
-"""What every other folder stands on: errors, paths, the store, processes, random streams, optimisers."""
+"""What every other folder builds on: errors, paths, the store, processes, random streams, optimisers."""

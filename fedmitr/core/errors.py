@@ -1,5 +1,5 @@
-"""The one exception that a user is meant to read."""
+"""The exception for mistakes in what a user gave."""
 
 
 class BadInput(ValueError):
-    """One line that names the setting, the value given and what is allowed."""
+    """An error of one line that names the setting, the value given and what is allowed."""

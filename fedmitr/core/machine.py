@@ -10,11 +10,11 @@ import torch
 
 PACKAGES = ("fedmitr", "torch", "torchvision", "timm", "numpy", "scikit-learn", "pydantic", "safetensors")
 OPTIONAL = ("dask", "ray", "flwr")
-Made = TypeVar("Made")
+Returned = TypeVar("Returned")
 
 
 def device() -> torch.device:
-    """The first CUDA device where there is one, else the CPU."""
+    """Return the first CUDA device where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -32,16 +32,19 @@ def uses_bf16(precision: str) -> bool:
 
 
 def autocast(precision: str) -> torch.autocast:
-    """Matrix products in bfloat16 where `uses_bf16` says so."""
+    """Return a context in which matrix products are in bfloat16 if `uses_bf16(precision)`."""
     return torch.autocast(device().type, torch.bfloat16, enabled=uses_bf16(precision))
 
 
-def compiled(function: Callable[..., Made]) -> Callable[..., Made]:
-    """The function through torch.compile; where that fails, the function itself, with a warning."""
+def compiled(function: Callable[..., Returned]) -> Callable[..., Returned]:
+    """Return a function that runs this one through torch.compile.
+
+    If a call fails there, it warns once and from then on calls the function as it is.
+    """
     fast = torch.compile(function, dynamic=False)
     failed = False
 
-    def run(*args: object, **named: object) -> Made:
+    def run(*args: object, **named: object) -> Returned:
         nonlocal failed
         if not failed:
             try:
@@ -56,7 +59,7 @@ def compiled(function: Callable[..., Made]) -> Callable[..., Made]:
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
-    """Installed versions by package name; None where a package is absent."""
+    """Return the installed versions by package name, with Python's; None where a package is absent."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in packages:
         try:
@@ -67,13 +70,16 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
 
 
 def describe() -> dict[str, object]:
-    """Facts about this machine: versions, device, threads, optional parts."""
-    at = device()
-    name = torch.cuda.get_device_name(at) if at.type == "cuda" else platform.processor() or platform.machine()
+    """Return facts about this machine: versions, optional packages too, system, device, threads, bfloat16."""
+    here = device()
+    if here.type == "cuda":
+        name = torch.cuda.get_device_name(here)
+    else:
+        name = platform.processor() or platform.machine()
     facts: dict[str, object] = dict(versions(PACKAGES + OPTIONAL))
     return facts | {
         "system": platform.platform(),
-        "device": f"{at} ({name})",
+        "device": f"{here} ({name})",
         "threads": torch.get_num_threads(),
         "bf16": native_bf16(),
     }

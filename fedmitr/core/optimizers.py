@@ -1,4 +1,4 @@
-"""Optimiser and learning-rate schedule, shared by everything that trains."""
+"""The optimiser and the learning-rate schedules of everything that trains."""
 
 import math
 from functools import partial
@@ -10,7 +10,10 @@ from torch import nn
 def make_optimizer(
     model: nn.Module, name: str, lr: float, weight_decay: float, momentum: float = 0.9
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD; biases, norms and position embeddings are not decayed (as in DeiT)."""
+    """Make AdamW or SGD ("sgd"); biases, norms, CLS and position embeddings are not decayed (as in DeiT).
+
+    momentum is SGD's alone.
+    """
     skip = {"pos_embed", "cls_token", "dist_token", "reg_token"}
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [
@@ -25,15 +28,15 @@ def make_optimizer(
 def make_schedule(
     optimizer: torch.optim.Optimizer, name: str, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Learning rate over `steps` steps, as `rate_factor` says."""
+    """Make a schedule that multiplies the peak learning rate by `rate_factor`, for `steps` steps."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_factor, name, steps))
 
 
 def rate_factor(name: str, steps: int, step: int) -> float:
-    """The learning rate at one of `steps` steps, as a share of the peak.
+    """Return the learning rate at step 0, …, steps − 1 as a share of the peak.
 
-    `one_cycle` rises linearly for a tenth of the steps and falls as a cosine to zero; `cosine` falls
-    from the start; `constant` stays.
+    `constant` is 1. `cosine` falls as (1 + cos(π step / steps)) / 2. `one_cycle` rises linearly for a tenth
+    of the steps, then falls as that cosine over the rest.
     """
     if name == "constant":
         return 1.0

@@ -1,10 +1,10 @@
-"""Independent work spread over processes or a cluster; each computes with `settings.threads` threads.
+"""Independent work in several processes, here or on a cluster, each with `settings.threads` threads.
 
-On models of this size two processes of one thread each get more done than one of two threads, and the
-results are the same bytes however many workers there are, and whichever joblib backend starts them: `loky`
-(processes here, the default), `dask` or `ray` (a cluster that runs already, by its address, else one that
-is started here). Workers hand results on through the store, which all of them must see under the same path;
-what a lost worker had not finished is computed by another.
+On models of this size two processes of one thread each get more done than one of two threads. The results are
+the same bytes with any number of workers and any joblib backend: `loky` (processes on this machine, the
+default), `dask` or `ray` (a running cluster, by its address, else one that is started here). Workers pass
+results on through the store, so all of them need it under the same path. On a cluster, work that a lost
+worker had not finished is computed by another.
 """
 
 import multiprocessing
@@ -21,43 +21,47 @@ import torch
 from .errors import BadInput
 from .machine import device
 
-MOST = 8  # processes by default
-EACH = 1.5e9  # bytes of memory for each of them, with room to spare
-LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+MOST_PROCESSES = 8  # unless $FEDMITR_JOBS says more
+BYTES_EACH = 1.5e9  # memory that a process may need
+MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 VARIABLE, BACKEND, CLUSTER = "FEDMITR_JOBS", "FEDMITR_BACKEND", "FEDMITR_CLUSTER"
 BACKENDS = ("loky", "dask", "ray")
 Item = TypeVar("Item")
-Made = TypeVar("Made")
+Returned = TypeVar("Returned")
+Call = tuple[Callable[..., object], tuple[Any, ...]]
 
 
 def jobs() -> int:
-    """Processes to use: $FEDMITR_JOBS, else one per core up to eight, fewer where memory is short.
+    """Return the number of processes to use: $FEDMITR_JOBS, where it is set.
 
-    Where GPUs compute, one for each of them.
+    Else one per GPU; without GPUs one per core, eight at most, fewer where memory is short.
     """
     given = os.environ.get(VARIABLE)
     if given is None:
         if device().type == "cuda":
             return torch.cuda.device_count()
-        return max(1, int(min(joblib.cpu_count(), MOST, memory() / EACH)))
+        return max(1, int(min(joblib.cpu_count(), MOST_PROCESSES, memory() / BYTES_EACH)))
     if not given.isdecimal() or int(given) < 1:
         raise BadInput(f"{VARIABLE}={given!r} is not a number of processes: allowed are 1 and more")
     return int(given)
 
 
 def memory() -> float:
-    """Bytes of memory that this machine, or the container that it is, may use."""
+    """Return the bytes of memory of this machine, or of the container that this process runs in."""
     found = [float("inf")]
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for path in map(Path, LIMITS):
+    for path in map(Path, MEMORY_LIMITS):
         if path.is_file() and (text := path.read_text().strip()).isdecimal():  # else "max"
             found.append(int(text))
     return min(found)
 
 
 def backend() -> str:
-    """The joblib backend, $FEDMITR_BACKEND; BadInput for one that is unknown, missing or without clusters."""
+    """Return the joblib backend, $FEDMITR_BACKEND; raise BadInput if it is unknown or not installed.
+
+    And if $FEDMITR_CLUSTER gives a cluster to loky, which has none.
+    """
     name = os.environ.get(BACKEND, "loky")
     if name not in BACKENDS:
         raise BadInput(f"{BACKEND}={name!r} is unknown: allowed are {', '.join(BACKENDS)}")
@@ -74,38 +78,40 @@ def backend() -> str:
 
 
 def spreads() -> bool:
-    """Whether `parallel` has workers to give several items to."""
+    """Whether `parallel` gives several items to workers."""
     return backend() != "loky" or jobs() > 1
 
 
-_IN_WORKERS: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+_IN_WORKERS: list[Call] = []
 
 
 def in_workers(function: Callable[..., object], *args: Any) -> None:
-    """Have every worker make this call before its work: for what is registered in this process alone."""
+    """Have every worker call function(*args) before its work: workers then know what is registered here."""
     _IN_WORKERS.append((function, args))
 
 
-def parallel(function: Callable[[Item], Made], items: Sequence[Item]) -> Iterator[tuple[int, Made]]:
-    """function of every item, as (index, result), in the order in which they finish.
+def parallel(function: Callable[[Item], Returned], items: Sequence[Item]) -> Iterator[tuple[int, Returned]]:
+    """Yield (index, function(item)) for every item, in the order in which they finish.
 
-    One item, or one process, is computed here; else functions and items go to workers.
+    A single item is computed in this process, and so are all where there is one process; else workers
+    compute.
     """
     if len(items) <= 1 or not spreads():
         yield from ((i, function(item)) for i, item in enumerate(items))
         return
     with workers(backend(), min(jobs(), len(items))) as pool:
         yield from pool(
-            joblib.delayed(_alone)(os.getpid(), _IN_WORKERS, function, i, item)
+            joblib.delayed(_in_worker)(os.getpid(), _IN_WORKERS, function, i, item)
             for i, item in enumerate(items)
         )
 
 
 @contextmanager
 def workers(name: str, processes: int) -> Iterator[joblib.Parallel]:
-    """The workers of a backend: those of the cluster at $FEDMITR_CLUSTER, else this many processes here.
+    """Start a backend's workers, or connect to those of the cluster at $FEDMITR_CLUSTER.
 
-    Raises BadInput for a cluster that does not answer.
+    processes: how many to start where there is no cluster. Raises BadInput for a cluster that cannot be
+    reached.
     """
     address = os.environ.get(CLUSTER)
     with ExitStack() as stack:
@@ -114,18 +120,19 @@ def workers(name: str, processes: int) -> Iterator[joblib.Parallel]:
                 stack.enter_context(_dask(address, processes))
             elif name == "ray":
                 stack.enter_context(_ray(address, processes))
-        except (OSError, ValueError) as error:  # no such host, nobody there, no address
+        except (OSError, ValueError) as error:  # no such host, no connection, not an address
             if not address:
                 raise
             raise BadInput(f"{CLUSTER}={address!r}: no {name} cluster answers there") from error
         many = processes if name == "loky" else -1
-        order = "list" if name == "ray" else "generator_unordered"  # Ray's backend knows lists alone
+        order = "list" if name == "ray" else "generator_unordered"  # Ray's backend returns lists only
         with joblib.parallel_config(backend=name):
             yield joblib.Parallel(n_jobs=many, return_as=order)
 
 
 @contextmanager
 def _dask(address: str | None, processes: int) -> Iterator[None]:
+    """Connect to a dask cluster, or start one for the time of the with-block."""
     from distributed import Client, LocalCluster
 
     with ExitStack() as stack:
@@ -138,6 +145,7 @@ def _dask(address: str | None, processes: int) -> Iterator[None]:
 
 @contextmanager
 def _ray(address: str | None, processes: int) -> Iterator[None]:
+    """Connect to a Ray cluster, or start one for the time of the with-block."""
     import ray
     from ray.util.joblib import register_ray
 
@@ -151,18 +159,15 @@ def _ray(address: str | None, processes: int) -> Iterator[None]:
         ray.shutdown()
 
 
-def _alone(
-    parent: int,
-    calls: Sequence[tuple[Callable[..., object], tuple[Any, ...]]],
-    function: Callable[[Item], Made],
-    index: int,
-    item: Item,
-) -> tuple[int, Made]:
-    """In a worker: no further processes, no progress bar, and a GPU of its own where there are several.
+def _in_worker(
+    parent: int, calls: Sequence[Call], function: Callable[[Item], Returned], index: int, item: Item
+) -> tuple[int, Returned]:
+    """Return (index, function(item)), computed in a worker process.
 
-    joblib computes in the parent process itself where a cluster has a single worker.
+    Before, make the `calls` of `in_workers`. A worker starts no processes of its own, shows no progress bar,
+    and where there are several GPUs takes the one of its number. parent: the process id of the caller.
     """
-    if os.getpid() == parent:
+    if os.getpid() == parent:  # joblib computes in the caller itself where a cluster has a single worker
         return index, function(item)
     for call, args in calls:
         call(*args)

@@ -9,19 +9,19 @@ from tqdm.auto import tqdm
 
 
 def static() -> bool:
-    """True where outputs are stored, not watched ($FEDMITR_STATIC=1): no progress bars, no sliders."""
+    """Whether outputs are stored rather than watched ($FEDMITR_STATIC=1): no progress bars, no sliders."""
     return bool(os.environ.get("FEDMITR_STATIC"))
 
 
 def progress(total: int, title: str, unit: str, delay: float = 0) -> tqdm:
-    """A progress bar on stderr, or in the notebook; what is done within `delay` seconds shows none."""
+    """Make a progress bar on stderr or in the notebook; it appears after `delay` seconds."""
     quiet = {"disable": True} if static() else {}  # else tqdm's own $TQDM_DISABLE decides
     return tqdm(total=total, desc=title, unit=unit, delay=delay, **quiet)
 
 
 @contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the time that a block takes to seconds[stage]."""
+    """Add the seconds that a with-block takes to seconds[stage]."""
     start = time.perf_counter()
     try:
         yield

@@ -6,11 +6,11 @@ import torch
 
 
 def derive_seed(seed: int, *names: object) -> int:
-    """A seed of its own for each named use, so that no two stages share a random stream."""
+    """Return a seed for one named use: 48 bits of the SHA-256 of seed and names."""
     text = ":".join(map(str, (seed, *names)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
 def make_rng(seed: int, *names: object) -> torch.Generator:
-    """A CPU generator for one named use; draws on the CPU are the same on every device."""
+    """Make the random generator of one named use, on the CPU: its draws do not depend on the device."""
     return torch.Generator().manual_seed(derive_seed(seed, *names))

@@ -1,7 +1,7 @@
-"""A content-addressed store: an artefact's address is the hash of everything that made it.
+"""A content-addressed store: an artefact's key is the hash of everything that made it.
 
-An artefact is a folder, written aside and moved into place in one step, so that what exists is
-whole, a killed run leaves nothing half-made, and two runs at once do not disturb each other.
+An artefact is a folder. It is written under another name and renamed in one step, so an artefact that exists
+is complete, a killed run leaves none half-made, and two runs at once do not disturb each other.
 """
 
 import hashlib
@@ -31,8 +31,8 @@ Artefact = TypeVar("Artefact")
 
 
 def fingerprint(*parts: Any) -> str:
-    """A short stable hash of JSON-able parts, library versions, device, threads and artefact format."""
-    # another number of threads rounds differently; precision=auto is what the machine has
+    """Hash JSON-able parts with library versions, device, threads and artefact format: 16 hex digits."""
+    # sums over another number of threads round differently; precision=auto depends on the machine
     machine = [device().type, torch.get_num_threads(), native_bf16()]
     made_with = [FORMAT, *machine, *(m.__version__ for m in (numpy, sklearn, timm, torch))]
     text = json.dumps([made_with, *parts], sort_keys=True, default=str)
@@ -40,7 +40,7 @@ def fingerprint(*parts: Any) -> str:
 
 
 def check_writable(folder: Path, setting: str) -> None:
-    """Make a folder; BadInput, naming the setting, when it cannot be made or written."""
+    """Make a folder; raise BadInput, naming the setting, when it cannot be made or written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -53,24 +53,26 @@ class Store:
     """Artefacts under one folder, addressed by stage and key."""
 
     def __init__(self, root: Path | str) -> None:
-        """Raises BadInput when the folder cannot be made or written."""
+        """Make the folder `root`; raise BadInput when it cannot be made or written."""
         if not str(root).strip():
             raise BadInput("store='' is empty: give the path of a folder")
         self.root = Path(root)
         check_writable(self.root, f"store={str(root)!r}")
 
     def path(self, stage: str, key: str) -> Path:
+        """Return the folder of an artefact, which may not exist yet."""
         return self.root / stage / key
 
     def has(self, stage: str, key: str) -> bool:
+        """Whether an artefact is there."""
         return self.path(stage, key).is_dir()
 
     def put(self, stage: str, key: str, write: Callable[[Path], None]) -> Path:
-        """Let `write` fill a folder, then move it to its address in one step."""
+        """Let `write` fill a folder, rename it to the artefact's path in one step, and return that path."""
         target = self.path(stage, key)
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=target.parent))
-        aside.chmod(0o755)  # mkdtemp's own is for one user; a store may be shared
+        aside.chmod(0o755)  # mkdtemp lets one user in; a store may be shared
         try:
             write(aside)
             os.replace(aside, target)
@@ -89,7 +91,7 @@ class Store:
         make: Callable[[], Artefact],
         write: Callable[[Artefact, Path], None],
     ) -> Artefact:
-        """The artefact at an address: read if it is there, else made and written, with its seconds."""
+        """Read an artefact if it is there, else make and write it, with the seconds that making it took."""
         if self.has(stage, key):
             return self.read(stage, key, read)
         start = time.perf_counter()
@@ -104,7 +106,7 @@ class Store:
         return made
 
     def read(self, stage: str, key: str, read: Callable[[Path], Artefact]) -> Artefact:
-        """A finished artefact; BadInput, naming the folder to delete, when it is damaged."""
+        """Read a finished artefact; raise BadInput, naming the folder to delete, when it is damaged."""
         folder = self.path(stage, key)
         try:
             return read(folder)
@@ -113,28 +115,29 @@ class Store:
             raise BadInput(f"{reason}; damaged: delete {folder} to make it again") from None
 
     def seconds(self, stage: str, key: str) -> float:
-        """How long the artefact took when it was made."""
+        """Return the seconds that making the artefact took."""
         return json.loads((self.path(stage, key) / SECONDS).read_text())
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Plain JSON, replaced in one step."""
+    """Write data as JSON, replacing a file in one step."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
     os.replace(aside, path)
 
 
 def write_csv(table: pd.DataFrame, path: Path, digits: int) -> None:
-    """A table without its index, replaced in one step."""
+    """Write a table without its index, floats to `digits` decimals, replacing a file in one step."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     table.to_csv(aside, index=False, float_format=f"%.{digits}f")
     os.replace(aside, path)
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Tensors as safetensors; booleans and integers keep their types."""
+    """Write tensors as safetensors; every type is kept."""
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file, by name."""
     return load_file(path)

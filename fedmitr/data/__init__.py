@@ -1,6 +1,6 @@
-"""What is learnt and who holds what: tasks, scenes, image files, partitions. Only clients see it.
+"""Tasks, scenes, image files and their partition among clients: the data that no server reads.
 
-`register` makes a data set of image files known by its record: a `TorchvisionSet` or a `FolderSet`.
+`register` adds a data set of image files by its record, a `TorchvisionSet` or a `FolderSet`.
 """
 
 from . import catalogue

@@ -1,28 +1,29 @@
-"""The data sets of image files that the package knows: the paper's, and folders of your own."""
+"""The data sets of image files that ship: the paper's, and `image-folder` for your own."""
 
 from pathlib import Path
 
 from ..settings.schema import TaskSettings
-from .image_sets import DOMAINS, FolderSet, Part, TorchvisionSet, add, subfolders
+from .image_sets import FolderSet, Part, TorchvisionSet, add, subfolders
 
 TRAIN, TEST = {"train": True}, {"train": False}
+DOMAINS = ("Art", "Clipart", "Product", "Real World")  # of Office-Home
 
 
 def _train_and_test(root: Path) -> list[Part]:
-    """train/ and test/ where there is a train/; else the root itself."""
+    """Return train/ and test/ where there is a train/; else the root itself."""
     if subfolders(root / "train"):
         return [Part(root / "train", held=False), Part(root / "test", held=True)]
     return [Part(root)]
 
 
 def _few_shot_parts(root: Path) -> list[Part]:
-    """Mini-ImageNet's few-shot parts hold different classes: together they are the task."""
+    """Return Mini-ImageNet's few-shot parts, whose classes differ, or the root where they are merged."""
     parts = [Part(root / name) for name in ("train", "val", "test") if subfolders(root / name)]
     return parts or [Part(root)]
 
 
 def _tiny_test(tiny: FolderSet, settings: TaskSettings, root: Path) -> list[tuple[Path, str]]:
-    """Tiny-ImageNet's labelled validation images: the test part, since its own test labels are not public."""
+    """List Tiny-ImageNet's validation images: they are its test part, whose own labels are not public."""
     table = root / "val" / "val_annotations.txt"
     if not table.is_file():
         raise tiny.refusal(settings, "has no val/val_annotations.txt")
@@ -31,7 +32,7 @@ def _tiny_test(tiny: FolderSet, settings: TaskSettings, root: Path) -> list[tupl
 
 
 def _tiny_names(root: Path, wnids: list[str]) -> list[str]:
-    """The first name of each class in words.txt; its number where there is none."""
+    """Return the first name of each class in words.txt; its WordNet id where there is none."""
     table = root / "words.txt"
     rows = [line.split("\t") for line in table.read_text().splitlines()] if table.is_file() else []
     names = {row[0]: row[1].split(",")[0] for row in rows if len(row) > 1}

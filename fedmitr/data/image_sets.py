@@ -1,8 +1,8 @@
-"""Data sets of image files: one record each, for torchvision's classes and for layouts of folders.
+"""Records of data sets of image files: torchvision's classes, and layouts of folders.
 
-A record says what the data set is called, how many classes it has and how its files are listed; photos.py
-decodes what is listed here. To add one, call `register`: `task.name`, the checks, the plan and the command
-line then know it.
+A record has the name of a data set, its number of classes, and how to list its images; photos.py decodes what
+is listed. `register` adds a record: its name is then a `task.name` for settings, runs, plans and the command
+line.
 """
 
 import hashlib
@@ -24,11 +24,14 @@ from ..core.processes import in_workers
 from ..settings.schema import TASKS, TaskSettings
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-DOMAINS = ("Art", "Clipart", "Product", "Real World")
 
 
 class Part(NamedTuple):
-    """A folder of class folders: whether it is the test part (None: the task has none), and its domain."""
+    """A folder of class folders.
+
+    held: whether its images are held out as the test part; None for all parts of a task that has none.
+    domain: the number of its domain; None for all parts of a task without domains.
+    """
 
     folder: Path
     held: bool | None = None
@@ -36,7 +39,11 @@ class Part(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """What there is to read, one entry per image, before any is opened."""
+    """The images of a task before any is opened: one entry per image in every list but `classes`.
+
+    names: for messages. labels: 0, 1, … into `classes`. held: whether an image is in the test part, and its
+    domain; None where the task has none. open: opens the image of a row.
+    """
 
     classes: list[str]
     names: list[str]
@@ -50,10 +57,10 @@ class Listing(NamedTuple):
 class TorchvisionSet:
     """A data set that one of torchvision's classes reads.
 
-    name: as task.name. loader: the class in `torchvision.datasets`. classes: how many. side: of its images,
-    pixels. images: all of them, and those of the test part. files: what the loader looks for in its folder.
-    train, test: the loader's arguments for the two parts. labels: its attribute with the labels. facts: what
-    stands for its files, such as the checksums that the loader holds them against.
+    name: as task.name. loader: the name of the class in `torchvision.datasets`. classes: how many there are.
+    side: of the images, in pixels. images: how many there are in all, and in the test part. files: what the
+    loader expects in its folder, as text. train, test: the loader's arguments for the two parts. labels: its
+    attribute with the labels. facts: its attributes that identify the data, such as published checksums.
     """
 
     name: str
@@ -68,30 +75,33 @@ class TorchvisionSet:
     facts: tuple[str, ...] = ("train_list", "test_list")
 
     def read_class(self) -> type:
-        """Import torchvision's class."""
+        """Return torchvision's class."""
         import torchvision.datasets  # slow to import, and only these tasks need it
 
         return getattr(torchvision.datasets, self.loader)
 
     def digest(self) -> str:
-        """Hash what the data are: torchvision's published checksums."""
+        """Hash the facts that identify the data; no file is read."""
         loader = self.read_class()
         facts = [getattr(loader, name) for name in self.facts]
         return hash_of([self.name, facts[0] if len(facts) == 1 else facts])
 
     def refusal(self, settings: TaskSettings, problem: str) -> BadInput:
-        """Say what is wrong with the files."""
+        """Return the error for a problem with the files."""
         return BadInput(f"task.data_dir={settings.data_dir!r} {problem}: {self.name} is {self.files}")
 
-    def find(self, settings: TaskSettings) -> tuple[str, Callable[[], Listing]]:
-        """Return what stands for the data, which needs no file, and how to list them."""
+    def scan(self, settings: TaskSettings) -> tuple[str, Callable[[], Listing]]:
+        """Return a digest of the data, which needs no file, and a function that lists the images."""
         return self.digest(), lambda: self.list_files(settings)
 
     def list_files(self, settings: TaskSettings) -> Listing:
-        """List train and test part as torchvision reads them from task.data_dir, downloaded if allowed."""
+        """List training and test images; raise BadInput if torchvision does not find or download its files.
+
+        The folder is task.data_dir, by default data/downloads.
+        """
         folder = settings.data_dir or str(home() / "data" / "downloads")
         try:
-            with redirect_stdout(sys.stderr):
+            with redirect_stdout(sys.stderr):  # torchvision prints
                 sets = [
                     self.read_class()(folder, download=settings.download, **part)
                     for part in (self.train, self.test)
@@ -120,12 +130,13 @@ class TorchvisionSet:
 
 @dataclass(frozen=True)
 class FolderSet:
-    """A data set that is a layout of folders of images, <class>/*.jpg at the bottom.
+    """A data set that is a layout of folders, with images in <class>/ folders.
 
-    name: as task.name. layout: what belongs where, as a line of text. classes: how many, None where they are
-    counted. side: of the images where all have one, pixels. parts: from the root folder to the folders that
-    hold class folders, by default the root itself. test: test images that lie elsewhere, as (file, class
-    folder). names: from the root and the class folders to the classes' names.
+    name: as task.name. layout: which files belong where, as text. classes: how many there are, None where
+    they are counted. side: of the images in pixels, where all have the same. parts: returns the folders that
+    have class folders, given the root; by default the root itself. test: lists test images that are not in
+    class folders, as (file, class folder). names: returns the names of the classes, given the root and the
+    names of the class folders.
     """
 
     name: str
@@ -137,13 +148,13 @@ class FolderSet:
     names: Callable[[Path, list[str]], list[str]] = lambda root, folders: folders
 
     def refusal(self, settings: TaskSettings, problem: str) -> BadInput:
-        """Say what is wrong with the folder, and what it should hold."""
+        """Return the error for a problem with the folder, which says how it should be laid out."""
         return BadInput(
             f"task.data_dir={settings.data_dir!r} {problem}: {self.name} is a folder of {self.layout}"
         )
 
     def root(self, settings: TaskSettings) -> Path:
-        """The folder of the data; BadInput where it cannot be read."""
+        """Return the folder of the data; raise BadInput where it cannot be read."""
         root = Path(settings.data_dir or "").expanduser()
         if not settings.data_dir or not root.is_dir() or not os.access(root, os.R_OK | os.X_OK):
             problem = "is no folder that can be read" if settings.data_dir else "is not set"
@@ -151,6 +162,7 @@ class FolderSet:
         return root
 
     def _parts(self, settings: TaskSettings) -> list[Part]:
+        """Return the parts; raise BadInput where one is no folder."""
         root = self.root(settings)
         parts = self.parts(root)
         for part in parts:
@@ -159,7 +171,10 @@ class FolderSet:
         return parts
 
     def class_folders(self, settings: TaskSettings) -> list[str]:
-        """Names of the class folders, sorted: the order of torchvision's ImageFolder."""
+        """Return the names of the class folders, sorted as in torchvision's ImageFolder.
+
+        Raises BadInput for fewer than two of them, or another number than `classes`.
+        """
         parts = self._parts(settings)
         names = {f.name for part in parts if not part.held for f in subfolders(part.folder)}
         if len(names) < 2 or self.classes not in (None, len(names)):
@@ -167,16 +182,17 @@ class FolderSet:
             raise self.refusal(settings, f"holds {len(names)} class folders{wanted}")
         return sorted(names)
 
-    def find(self, settings: TaskSettings) -> tuple[str, Callable[[], Listing]]:
-        """Return what stands for the data, a hash of names, sizes and times, and how to list the files."""
+    def scan(self, settings: TaskSettings) -> tuple[str, Callable[[], Listing]]:
+        """Return a digest of the files' names, sizes and times of change, and a function that lists them."""
         listing, digest = self._list(settings)
         return digest, lambda: listing
 
     def list_files(self, settings: TaskSettings) -> Listing:
-        """List the images; none is opened."""
+        """List the images; none is opened. Raises BadInput for another layout."""
         return self._list(settings)[0]
 
     def _list(self, settings: TaskSettings) -> tuple[Listing, str]:
+        """Return the listing and its digest."""
         root, folders = self.root(settings), self.class_folders(settings)
         number = {name: k for k, name in enumerate(folders)}
         rows: list[tuple[Path, str, bool | None, int | None]] = []
@@ -210,22 +226,26 @@ IMAGE_SETS: dict[str, ImageSet] = {}
 
 
 def register(*sets: ImageSet) -> None:
-    """Make data sets known to the whole package and its workers, under their names as `task.name`."""
+    """Make data sets known in this process and in its workers, under their names as `task.name`.
+
+    A data set of a known name takes its place. Raises BadInput for a task that is not read from files.
+    """
     add(*sets)
     in_workers(add, *sets)
 
 
 def add(*sets: ImageSet) -> None:
-    """Make data sets known in this process."""
-    for one in sets:
-        if one.name in TASKS and one.name not in IMAGE_SETS:
-            raise BadInput(f"task.name={one.name!r} is a task that is not read from files: choose another")
-        IMAGE_SETS[one.name] = one
-        TASKS[one.name] = one.classes
+    """Make data sets known in this process alone; else as `register`."""
+    for image_set in sets:
+        name = image_set.name
+        if name in TASKS and name not in IMAGE_SETS:
+            raise BadInput(f"task.name={name!r} is a task that is not read from files: choose another")
+        IMAGE_SETS[name] = image_set
+        TASKS[name] = image_set.classes
 
 
 def num_classes(settings: TaskSettings) -> int:
-    """Count a task's classes: in the folder, which is checked, where it is a folder of images."""
+    """Return the number of a task's classes, counted in its folder where it is a `FolderSet`."""
     image_set = IMAGE_SETS.get(settings.name)
     if isinstance(image_set, FolderSet):
         return len(image_set.class_folders(settings))
@@ -233,26 +253,26 @@ def num_classes(settings: TaskSettings) -> int:
 
 
 def hash_of(parts: Any) -> str:
-    """Hash JSON-able facts."""
+    """Return the SHA-256 of JSON-able parts."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """Visible folders in a folder, sorted; none where it is no folder."""
+    """List the visible folders in a folder, sorted; none where it is no folder."""
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Image files in a folder and below, in ImageFolder's order."""
+    """List the image files in a folder and below, in the order of torchvision's ImageFolder."""
     walk = sorted(os.walk(folder, followlinks=True))
     paths = (Path(at) / name for at, _, names in walk for name in sorted(names) if name[0] != ".")
     return [p for p in paths if p.suffix.lower() in SUFFIXES]
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """Size and time of change; a file that is not there is found out when it is opened."""
+    """Return size and time of change of a file; (0, 0) if it is missing: opening it will say so."""
     try:
         facts = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""Who holds what: index shards of the training images, an exact cover without overlap."""
+"""The partition of the training images among clients: every image belongs to exactly one."""
 
 import numpy as np
 import torch
@@ -8,17 +8,17 @@ from ..core.errors import BadInput
 from ..core.rng import derive_seed
 from ..settings.schema import PartitionSettings
 
-REDRAWS = 500
+REDRAWS = 500  # draws of shares before the best of them is topped up
 
 
 def partition(
     labels: Tensor, settings: PartitionSettings, seed: int, domains: Tensor | None = None
 ) -> list[Tensor]:
-    """Split n labelled images among K clients: K sorted index tensors that cover 0..n-1 once each.
+    """Split n images with labels (n,) among K clients.
 
-    domains (n,): the domain of each image, which scheme=domain needs. Raises BadInput when the clients
-    want more images than there are, or a scheme that deals classes, equal parts or domains leaves a client
-    fewer than `min_size`.
+    Returns K shards, sorted indices that together are 0, …, n − 1 once each. domains (n,): the domain of each
+    image, which scheme=domain needs. Raises BadInput when K · min_size is more than n, and when a scheme that
+    deals classes, equal parts or domains leaves a client fewer images than min_size.
     """
     targets = labels.numpy()
     least = max(1, settings.min_size)
@@ -44,7 +44,7 @@ def partition(
 def _dirichlet(
     targets: np.ndarray, settings: PartitionSettings, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """For each class, shares p ~ Dir(alpha, ..., alpha) over the clients (Hsu et al. 2019)."""
+    """Deal each class by shares p ~ Dir(α, …, α) over the clients (Hsu et al. 2019)."""
 
     def draw() -> list[np.ndarray]:
         shards: list[list[np.ndarray]] = [[] for _ in range(settings.clients)]
@@ -59,7 +59,7 @@ def _dirichlet(
 
 
 def _quantity(targets: np.ndarray, settings: PartitionSettings, rng: np.random.Generator) -> list[np.ndarray]:
-    """Sizes ~ Dir(alpha), classes as they fall (Li et al. 2022, quantity skew)."""
+    """Deal all images by shares p ~ Dir(α, …, α), whatever their class (quantity skew, Li et al. 2022)."""
 
     def draw() -> list[np.ndarray]:
         return _cut(rng.permutation(len(targets)), _shares(rng, settings.alpha, settings.clients))
@@ -68,14 +68,14 @@ def _quantity(targets: np.ndarray, settings: PartitionSettings, rng: np.random.G
 
 
 def _iid(targets: np.ndarray, settings: PartitionSettings, rng: np.random.Generator) -> list[np.ndarray]:
-    """Equal random parts."""
+    """Deal all images in equal parts."""
     return np.array_split(rng.permutation(len(targets)), settings.clients)
 
 
 def _class_shards(
     targets: np.ndarray, settings: PartitionSettings, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Each client holds `classes_per_client` classes; a class is shared equally by its holders."""
+    """Give each client `classes_per_client` classes; a class is dealt equally to the clients that hold it."""
     classes, each, clients = np.unique(targets), settings.classes_per_client, settings.clients
     if each > len(classes) or each * clients < len(classes):
         raise BadInput(
@@ -95,7 +95,7 @@ def _class_shards(
 
 
 def _by_domain(domains: Tensor | None, settings: PartitionSettings) -> list[np.ndarray]:
-    """Client k holds domain k: what differs is how things look (feature skew), not which there are."""
+    """Give client k domain k: images of the same classes differ in style between clients (feature skew)."""
     if domains is None:
         raise BadInput(
             "partition.scheme='domain' needs a task with domains: allowed is task.name=office-home"
@@ -112,6 +112,7 @@ SCHEMES = {"dirichlet": _dirichlet, "shards": _class_shards, "iid": _iid, "quant
 
 
 def _shares(rng: np.random.Generator, alpha: float, clients: int) -> np.ndarray:
+    """Draw shares (K,) ~ Dir(α, …, α)."""
     shares = rng.dirichlet(np.full(clients, alpha))
     if not np.isfinite(shares).all():  # numpy underflows for the smallest alphas: all mass on one client
         shares = np.eye(clients)[rng.integers(clients)]
@@ -119,16 +120,16 @@ def _shares(rng: np.random.Generator, alpha: float, clients: int) -> np.ndarray:
 
 
 def _cut(members: np.ndarray, shares: np.ndarray) -> list[np.ndarray]:
-    """Cut members in consecutive parts of the given shares, rounding the cumulative counts."""
+    """Cut members (m,) into consecutive parts of the given shares (K,), rounding the cumulative counts."""
     cuts = np.round(np.cumsum(shares)[:-1] * len(members)).astype(int)
     return np.split(members, cuts)
 
 
 def _redraw(draw, settings: PartitionSettings) -> list[np.ndarray]:
-    """The first draw in which every client holds `min_size` images; else the nearest to it, topped up.
+    """Return the first draw in which every client holds `min_size` images; else the nearest to it, topped up.
 
-    Where alpha is small for the number of clients no draw leaves everybody something. Then those who
-    have too little get what they lack from whoever holds most, images of one class as far as they go.
+    Where α is small for the number of clients, no draw may give every client enough. Then clients get what
+    they lack from the largest shard; if classes were dealt one by one, its end is images of one class.
     """
     nearest = None
     for _ in range(REDRAWS):
@@ -142,7 +143,7 @@ def _redraw(draw, settings: PartitionSettings) -> list[np.ndarray]:
 
 
 def _top_up(shards: list[np.ndarray], least: int) -> list[np.ndarray]:
-    """Move images from the largest shard to each that has fewer than `least`, from its end."""
+    """Give each shard that has fewer than `least` images what it lacks, from the end of the largest shard."""
     shards = list(shards)
     for client in range(len(shards)):
         while (lacking := least - len(shards[client])) > 0:
@@ -154,5 +155,5 @@ def _top_up(shards: list[np.ndarray], least: int) -> list[np.ndarray]:
 
 
 def class_counts(labels: Tensor, shards: list[Tensor], num_classes: int) -> Tensor:
-    """The histogram c_k of every client: (K, C) counts."""
+    """Count the images of each class that each client holds: the histograms c_k, (K, C)."""
     return torch.stack([torch.bincount(labels[s], minlength=num_classes) for s in shards])

@@ -1,7 +1,7 @@
-"""Photos on disk: the paper's tasks and folders of your own, decoded once and then read batch by batch.
+"""Images in files: decoded once, then read from disk batch by batch.
 
-An image is decoded, brought to a square and kept as bytes in one memory-mapped array of the run store.
-`Photos` stands where a tensor of images stands in a `Split` and reads only what it is asked for, so a
+Each image is decoded, cropped to a square and kept as bytes in one memory-mapped array in the run store.
+`Photos` takes the place of a tensor of images in a `Split` and reads only the images that are indexed, so a
 task may be larger than memory.
 """
 
@@ -27,15 +27,16 @@ from ..settings.schema import TaskSettings
 from .image_sets import IMAGE_SETS, Listing, hash_of, image_files, subfolders
 
 CPU = torch.device("cpu")
-FORMAT = 1  # raised when the same files give other bytes
+FORMAT = 1  # raised when the same files are decoded to other bytes
 
 
 @dataclass(frozen=True, eq=False)
 class Photos:
-    """Images (n, ch, size, size), normalised for the model, that are read when they are asked for.
+    """Images (n, ch, size, size), normalised for the model, that are read from disk when they are indexed.
 
-    pixels (N, side, side, ch) uint8, memory-mapped; index (n,): which of its rows these images are. Indexed
-    or split, Photos gives float32 tensors on its device, like a tensor of images; `take` reads nothing.
+    pixels (N, side, side, ch): all images of a task as uint8, memory-mapped. index (n,): the rows of pixels
+    that these images are. stats: mean and standard deviation, each (ch, 1, 1). Indexing and `split` return
+    float32 tensors on `device`, as they do for a tensor of images.
     """
 
     pixels: np.ndarray
@@ -49,24 +50,26 @@ class Photos:
 
     @property
     def shape(self) -> torch.Size:
+        """The shape (n, ch, size, size) of all images together."""
         return torch.Size((len(self), self.pixels.shape[-1], self.size, self.size))
 
     def to(self, device: torch.device | str) -> "Photos":
-        """The same images, whose batches go to that device."""
+        """Return the same images, still unread, for batches on another device."""
         return replace(self, device=torch.device(device))
 
     def take(self, index: Tensor) -> "Photos":
-        """Some of the images, still unread."""
+        """Return the images of these indices, still unread."""
         return replace(self, index=self.index[index])
 
     def split(self, batch_size: int) -> Iterator[Tensor]:
+        """Yield all images in batches (b, ch, size, size); the last may be smaller."""
         return (self[start : start + batch_size] for start in range(0, len(self), batch_size))
 
     def __getitem__(self, index: int | slice | list[int] | Tensor) -> Tensor:
-        """Images (b, ch, size, size), or (ch, size, size) for a single number, as for a tensor."""
+        """Return images (b, ch, size, size), or (ch, size, size) for a single number, as a tensor does."""
         rows = self.index[index.cpu() if isinstance(index, Tensor) else index]
-        read = torch.from_numpy(self.pixels[rows.flatten().numpy()]).to(self.device)
-        images = read.permute(0, 3, 1, 2).contiguous().float() / 255
+        read = torch.from_numpy(self.pixels[rows.flatten().numpy()]).to(self.device)  # (b, side, side, ch)
+        images = read.permute(0, 3, 1, 2).contiguous().float() / 255  # (b, ch, side, side)
         if images.shape[-1] != self.size:
             images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
         mean, std = (s.to(self.device) for s in self.stats)
@@ -75,9 +78,10 @@ class Photos:
 
 
 class Album(NamedTuple):
-    """All readable images of a task: labels (n,), whether each is of the task's own test part, domains.
+    """All readable images of a task, with what is known of each.
 
-    `held` and `domains` are None where the task has no test part or no domains; digest stands for the data.
+    labels (n,). held (n,): whether an image is in the task's own test part; domains (n,); each is None where
+    the task has none. classes: their names. digest: a hash that changes with the data.
     """
 
     images: Photos
@@ -91,15 +95,15 @@ class Album(NamedTuple):
 def load_photos(
     settings: TaskSettings, size: int, stats: tuple[Tensor, Tensor], folder: Path | None = None
 ) -> Album:
-    """The task's images at size pixels, decoded into a folder (default: one that this process removes).
+    """Load a task's images at size × size pixels; decode them first unless `folder` has them.
 
-    stats = mean and std, each (ch, 1, 1): one channel makes the images grey. A file that is no readable
-    image is left out, and named on stderr. Raises BadInput, one line, for data that is not there or does
-    not have the layout of its task.
+    stats: mean and standard deviation, each (ch, 1, 1); with one channel the images are grey. folder: by
+    default a temporary one, removed when the process ends. A file that is no readable image is left out and
+    named on stderr. Raises BadInput for data that is missing or not laid out as its task should be.
     """
     image_set, channels = IMAGE_SETS[settings.name], len(stats[0])
     side = image_set.side or size
-    digest, list_files = image_set.find(settings)
+    digest, list_files = image_set.scan(settings)
     name, key = settings.name, hash_of([FORMAT, digest, side, channels])[:16]
     store = Store(folder or _scratch().name)
     if not store.has(name, key):
@@ -112,35 +116,37 @@ def load_photos(
                 f"store={str(store.root)!r}: {need:.1f} GB of decoded images cannot be written: "
                 f"{error.strerror or error}"
             ) from None
+    return store.read(name, key, partial(_read_album, size, stats, digest))
 
-    def read(at: Path) -> Album:
-        index = json.loads((at / "index.json").read_text())
-        rows = [row for row in range(len(index["labels"])) if str(row) not in index["broken"]]
-        columns = (index[column] for column in ("labels", "held", "domains"))
-        pixels = np.load(at / "pixels.npy", mmap_mode="r")
-        return Album(
-            Photos(pixels, torch.tensor(rows), size, stats),
-            *(None if column is None else torch.tensor(column)[rows] for column in columns),
-            tuple(index["classes"]),
-            digest,
-        )
 
-    return store.read(name, key, read)
+def _read_album(size: int, stats: tuple[Tensor, Tensor], digest: str, folder: Path) -> Album:
+    """Read what `decode` wrote to a folder; the pixels stay on disk."""
+    index = json.loads((folder / "index.json").read_text())
+    rows = [row for row in range(len(index["labels"])) if str(row) not in index["broken"]]
+    columns = (index[column] for column in ("labels", "held", "domains"))
+    pixels = np.load(folder / "pixels.npy", mmap_mode="r")
+    return Album(
+        Photos(pixels, torch.tensor(rows), size, stats),
+        *(None if column is None else torch.tensor(column)[rows] for column in columns),
+        tuple(index["classes"]),
+        digest,
+    )
 
 
 @cache
 def _scratch() -> TemporaryDirectory:
-    """A folder that lives as long as the process."""
+    """Make a folder that is removed when the process ends."""
     return TemporaryDirectory(prefix="fedmitr-")
 
 
-# --- decoding ---------------------------------------------------------------------------------------
+# Decoding.
 
 
 def decode(settings: TaskSettings, listing: Listing, side: int, channels: int, folder: Path) -> None:
-    """Write pixels.npy (n, side, side, ch) uint8 and index.json, one image in memory at a time.
+    """Decode listed images into a folder, with one image in memory at a time.
 
-    Rows of broken images stay black and are listed. Raises BadInput where a class has no readable image.
+    Writes pixels.npy (n, side, side, ch) as uint8, and index.json with the columns of the listing and the
+    rows of broken images, which are black. Raises BadInput where a class has no readable image.
     """
     shape, broken = (len(listing.names), side, side, channels), {}
     with (
@@ -157,6 +163,7 @@ def decode(settings: TaskSettings, listing: Listing, side: int, channels: int, f
                 broken[row], pixels = name, np.zeros(shape[1:], np.uint8)
             file.write(pixels.tobytes())
             bar.update(1)
+    # no class may lose all its images, nor all its test images
     groups = list(zip(listing.labels, listing.held or [False] * len(listing.names), strict=True))
     if lost := sorted(set(groups) - {group for row, group in enumerate(groups) if row not in broken}):
         label, held = lost[0]
@@ -173,7 +180,7 @@ def decode(settings: TaskSettings, listing: Listing, side: int, channels: int, f
 
 
 def squared(image: Image.Image, side: int, channels: int) -> np.ndarray:
-    """The image upright, its shorter side resized to `side`, its centre cut out: (side, side, ch) uint8."""
+    """Turn an image upright, resize its shorter side to `side`, crop the centre: (side, side, ch) uint8."""
     image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
     image = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(side, side, channels)
@@ -182,9 +189,10 @@ def squared(image: Image.Image, side: int, channels: int) -> np.ndarray:
 def own_images(
     folder: str, classes: Sequence[str], size: int, stats: tuple[Tensor, Tensor]
 ) -> tuple[Photos, Tensor]:
-    """All readable images of folder/<class>/ and their labels, numbered as in classes, kept in memory.
+    """Read all images of folder/<class>/ into memory; return them and their labels, numbered as in classes.
 
-    A client may hold any of the classes, one too. Raises BadInput for other folders and where no image is.
+    A client need not have all classes. A file that is no readable image is left out and named on stderr.
+    Raises BadInput for a folder of another class, and where there is no readable image.
     """
     root, pixels, labels = Path(folder).expanduser(), [], []
     for at in subfolders(root):

@@ -1,4 +1,4 @@
-"""What is learnt: images, labels, splits and, where the task knows it, the true foreground."""
+"""Tasks: images, labels and, where it is known, the true foreground, split for training and measuring."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,10 @@ from .scenes import digit_scenes
 
 @dataclass(frozen=True)
 class Split:
-    """Images (n, ch, H, W), normalised for the model; labels (n,); true foreground (n, 1, H, W) in {0, 1}.
+    """Some images of a task, with what is known of each.
 
-    Images from files are `Photos`, read when they are indexed. Where the foreground or the domains (n,) of
-    the images are not known, they are None.
+    images (n, ch, H, W), normalised for the model: a tensor, or `Photos`, which are read from disk when they
+    are indexed. labels (n,). foreground (n, 1, H, W) in {0, 1} and domains (n,): None where not known.
     """
 
     images: Tensor | Photos
@@ -34,6 +34,7 @@ class Split:
         return len(self.labels)
 
     def subset(self, index: Tensor) -> "Split":
+        """Return the images of these indices, in this order; `Photos` stay unread."""
         images = self.images.take(index) if isinstance(self.images, Photos) else self.images[index]
         others = (None if column is None else column[index] for column in (self.foreground, self.domains))
         return Split(images, self.labels[index], *others)
@@ -41,9 +42,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Task:
-    """Train, validation and test split of one task, with the statistics that normalised its pixels.
+    """The training, validation and test images of one task.
 
-    digest stands for the files that the images were read from; None where there are none.
+    classes: their names. stats: mean and standard deviation, each (ch, 1, 1), that normalised the pixels.
+    digest: a hash that changes with the files that the images were read from; None where there are none.
     """
 
     name: str
@@ -62,17 +64,18 @@ def load_task(
     stats: tuple[Tensor, Tensor],
     cache: Path | None = None,
 ) -> Task:
-    """The task's images at image_size pixels, normalised with stats = mean and std, each (ch, 1, 1).
+    """Load a task's images at image_size × image_size pixels, normalised with stats.
 
-    digits: scikit-learn's 1,797 handwritten digits, each up-sampled and placed once at random scale,
-    rotation and position on smooth random texture. The seed fixes placement, texture and the stratified
-    split. Every other task is read from files, decoded once into the folder `cache` (default: one for this
-    process); its test part is the task's own where it has one.
+    stats: mean and standard deviation, each (ch, 1, 1). digits are scikit-learn's 1,797 handwritten digits,
+    each placed once at random scale, rotation and position on smooth random texture (`digit_scenes`); the
+    seed fixes this and the stratified split. Every other task is read from files, which are decoded once into
+    the folder `cache` (default: a temporary one of this process); its test images are the task's own test
+    part, where it has one. Raises BadInput for an unknown task, and for files that are missing or unreadable.
     """
     if settings.name not in TASKS:
         raise BadInput(f"task.name={settings.name!r} is unknown: allowed are {', '.join(TASKS)}")
     if settings.name in IMAGE_SETS:
-        return photo_task(settings, seed, image_size, stats, cache)
+        return _photo_task(settings, seed, image_size, stats, cache)
     digits = load_digits()
     labels = torch.tensor(digits.target)
     clutter = 0.0 if settings.name == "digits-plain" else settings.clutter
@@ -81,14 +84,14 @@ def load_task(
     whole = Split(((scenes - mean) / std).contiguous(), labels, foreground)
     parts = stratified_split(digits.target, settings.validation, settings.test, seed)
     return Task(
-        settings.name, tuple(map(str, digits.target_names)), *cut(whole, parts, settings, seed), stats
+        settings.name, tuple(map(str, digits.target_names)), *_splits(whole, parts, settings, seed), stats
     )
 
 
-def photo_task(
+def _photo_task(
     settings: TaskSettings, seed: int, image_size: int, stats: tuple[Tensor, Tensor], cache: Path | None
 ) -> Task:
-    """A task of images in files; BadInput where training or test would have no image of a class."""
+    """Load a task of image files; raise BadInput where training or test would have no image of a class."""
     album = load_photos(settings, image_size, stats, cache)
     held = None if album.held is None else np.flatnonzero(album.held.numpy())
     parts = stratified_split(album.labels.numpy(), settings.validation, settings.test, seed, held)
@@ -99,11 +102,14 @@ def photo_task(
                 f"{album.classes[lacking[0]]!r}: each class needs one at least in training and test"
             )
     whole = Split(album.images, album.labels, domains=album.domains)
-    return Task(settings.name, album.classes, *cut(whole, parts, settings, seed), stats, album.digest)
+    return Task(settings.name, album.classes, *_splits(whole, parts, settings, seed), stats, album.digest)
 
 
-def cut(whole: Split, parts: tuple[np.ndarray, ...], settings: TaskSettings, seed: int) -> list[Split]:
-    """The splits of given indices; of the first, training, at most task.limit images of each class."""
+def _splits(whole: Split, parts: tuple[np.ndarray, ...], settings: TaskSettings, seed: int) -> list[Split]:
+    """Return the splits of training, validation and test indices.
+
+    Of the training images, at most task.limit of each class are drawn, where it is set.
+    """
     train, *others = parts
     if settings.limit:
         shuffled = np.random.default_rng(derive_seed(seed, "limit")).permutation(train)
@@ -115,15 +121,16 @@ def cut(whole: Split, parts: tuple[np.ndarray, ...], settings: TaskSettings, see
 def stratified_split(
     labels: np.ndarray, validation: float, test: float, seed: int, held: np.ndarray | None = None
 ) -> tuple[np.ndarray, ...]:
-    """Sorted indices of train, validation and test, each with the classes in equal proportion.
+    """Split images with labels (n,) into training, validation and test images, each with all classes' shares.
 
-    held: indices of the test images where they are given; validation is then a share of the others.
+    Returns three arrays of sorted indices. held: the indices of the test images where these are given;
+    validation is then a share of the others. Raises BadInput for shares that leave a part without a class.
     """
-    asked = f"task.validation={validation}"
+    given = f"task.validation={validation}"
     if held is None:
-        asked += f" and task.test={test}"
+        given += f" and task.test={test}"
         if validation + test >= 1:
-            raise BadInput(f"{asked} leave no training images: sum below 1")
+            raise BadInput(f"{given} leave no training images: sum below 1")
     everything = np.arange(len(labels))
     try:
         if held is None:
@@ -134,5 +141,5 @@ def stratified_split(
             rest, test_size=validation / (1 - test), stratify=labels[rest], random_state=seed
         )
     except ValueError as error:
-        raise BadInput(f"{asked}: {' '.join(str(error).split())}") from None
+        raise BadInput(f"{given}: {' '.join(str(error).split())}") from None
     return np.sort(train), np.sort(val), np.sort(held)

@@ -1,20 +1,15 @@
-"""How fast inversion runs here: seconds, FLOP/s, and how near a sparse iteration comes to what it saves.
+"""How fast inversion runs here: seconds, FLOP/s, and how much of the operations that it saves is time saved.
 
-Random teachers and `invert` itself, no copy of its loop. Dense runs, sparse ones and the matrix products
+`invert` itself is measured, with teachers of random weights. Dense runs, sparse runs and the matrix products
 that show the machine's peak alternate, so that a machine that slows down slows all of them.
 """
 
-import importlib.util
-import random
 import statistics
-import sys
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise, product
+from itertools import product
 from types import ModuleType
 from typing import Any
 
@@ -25,7 +20,6 @@ from torch import Tensor
 
 from ..core.errors import BadInput
 from ..core.machine import describe, device, native_bf16
-from ..core.paths import home
 from ..core.progress import progress
 from ..core.rng import make_rng
 from ..server.ensemble import Ensemble
@@ -33,9 +27,10 @@ from ..server.inversion import invert, remaining
 from ..settings.schema import EnsembleSettings, InversionSettings
 from ..upload import ModelShape, Upload
 from ..vision.patches import PatchGrid
-from ..vision.tokens import image_logits
 from ..vision.vit import create_vit
 from .flops import image_flops
+from .plain import check_plain, load_plain_loop, run_plain
+from .timing import Tick, median, peak_gflops, peak_memory_mb, speedup, stopwatch, torch_threads
 
 STOPS = (1, 2, 3, 4)  # the published ones, early: what is measured comes after the last
 RATIOS = (0.3, 0.3, 0.3, 0.3)
@@ -43,12 +38,13 @@ TV = 1e-4
 WARM = 2  # iterations after the last stop that are not measured
 ROUNDS = 3
 CLASSES = 10
-SIDE = 2048  # of the square matrices whose product is the machine's peak
-PLAIN = "benchmarks/plain_loop.py"
 
 
 class Speed(BaseModel):
-    """Of one kind of iteration, dense or sparse; share_of_peak is gflops over the report's peak_gflops."""
+    """The speed of one kind of iteration, dense or sparse.
+
+    share_of_peak: gflops over the report's peak_gflops.
+    """
 
     seconds_per_iteration: float
     images_per_minute: float
@@ -58,12 +54,12 @@ class Speed(BaseModel):
 
 
 class Report(BaseModel):
-    """What `fedmitr bench inversion` reports; seconds are medians, the plain loop's None without it.
+    """The report of `fedmitr bench inversion`; seconds are medians, those of the plain loop None without it.
 
-    ratio is dense over sparse seconds and flop_ratio the same of floating-point operations, the most that
-    ratio could be: ratio_of_ceiling is the one over the other. speedup_dense and speedup_sparse are the
-    plain loop's seconds over ours. peak_memory_mb is, on CUDA, what a dense inversion allocates at most,
-    and elsewhere the peak resident set of the whole process after it.
+    ratio: dense over sparse seconds. flop_ratio: dense over sparse floating-point operations, the most that
+    ratio could be. ratio_of_ceiling: ratio over flop_ratio. speedup_dense, speedup_sparse: the plain loop's
+    seconds over ours. peak_memory_mb: on CUDA what a dense inversion allocates at most, elsewhere the peak
+    resident set of the whole process after it.
     """
 
     model: str
@@ -89,7 +85,7 @@ class Report(BaseModel):
     speedup_sparse: float | None = None
 
     def rows(self) -> dict[str, str]:
-        """Name and value as text of everything that is known."""
+        """Return the name and the value, as text, of everything that is not None."""
         flat: dict[str, Any] = {}
         for name, value in self.model_dump(exclude_none=True).items():
             flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
@@ -106,14 +102,15 @@ def bench_inversion(
     iterations: int = 10,
     against: str | None = None,
 ) -> Report:
-    """Measure inversion of one batch by an ensemble of random teachers.
+    """Measure inversion of one batch by an ensemble of teachers with random weights.
 
-    image_size: pixels, default the model's. threads: of torch, default its own number. iterations: how
-    many of each run are measured. against: "plain" also measures benchmarks/plain_loop.py, in fp32.
+    image_size: in pixels, default the model's. threads: of torch, default its own number. iterations: how
+    many of each run are measured. against: "plain" also measures benchmarks/plain_loop.py, in float32.
+    Raises BadInput for several clients, or a model of another kind, against the plain loop.
     """
     if against and clients > 1:
         raise BadInput(f"against={against!r} knows a single teacher: allowed is clients=1, not {clients}")
-    plain = plain_loop() if against else None
+    plain = load_plain_loop() if against else None
     precision = ("bf16" if native_bf16() else "fp32") if precision == "auto" else precision
     uploads = random_uploads(model, image_size, clients)
     ensemble = Ensemble(uploads, EnsembleSettings(mode="mean_logits", precision=precision)).to(device())
@@ -125,7 +122,7 @@ def bench_inversion(
 
 
 def random_uploads(model: str, image_size: int | None, clients: int) -> list[Upload]:
-    """Uploads of that many different clients, random weights."""
+    """Return the uploads of so many clients, each with other random weights."""
     vit = create_vit(model, CLASSES, image_size=image_size)
     shape = ModelShape.of(model, vit)
     uploads = []
@@ -136,20 +133,9 @@ def random_uploads(model: str, image_size: int | None, clients: int) -> list[Upl
     return uploads
 
 
-@contextmanager
-def torch_threads(count: int | None) -> Iterator[None]:
-    """torch with that many threads; None leaves them as they are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @dataclass(frozen=True)
 class _Bench:
-    """One batch, and the loops that invert it."""
+    """One batch, and the loops that invert it: ours and, where it is given, the plain one."""
 
     ensemble: Ensemble
     vit: VisionTransformer
@@ -158,21 +144,22 @@ class _Bench:
     plain: ModuleType | None
 
     def report(self, model: str) -> Report:
-        shape = PatchGrid.of(self.ensemble.members[0])
-        patches = {"dense": shape.patches, "sparse": remaining(shape.patches, RATIOS)}
+        """Measure both kinds of iteration and put their numbers together."""
+        grid = PatchGrid.of(self.ensemble.members[0])
+        patches = {"dense": grid.patches, "sparse": remaining(grid.patches, RATIOS)}
         flops = {kind: self.batch * image_flops(self.ensemble, left) for kind, left in patches.items()}
         seconds, peak, memory = self._measure()
-        speed = {kind: self._speed(_median(seconds["ours", kind]), flops[kind], peak) for kind in patches}
+        speed = {kind: self._speed(median(seconds["ours", kind]), flops[kind], peak) for kind in patches}
         ratio = speed["dense"].seconds_per_iteration / speed["sparse"].seconds_per_iteration
         flop_ratio = flops["dense"] / flops["sparse"]
         against = {}
         for kind in patches if self.plain else ():
             plain = seconds["plain", kind]
-            against[f"plain_{kind}_seconds_per_iteration"] = _median(plain)
+            against[f"plain_{kind}_seconds_per_iteration"] = median(plain)
             against[f"speedup_{kind}"] = speedup(plain, seconds["ours", kind])
         return Report(
             model=model,
-            image_size=shape.size[0],
+            image_size=grid.size[0],
             batch=self.batch,
             clients=len(self.ensemble.members),
             precision=self.ensemble.precision,
@@ -191,7 +178,10 @@ class _Bench:
         )
 
     def _measure(self) -> tuple[dict[tuple[str, str], list[list[float]]], float, float | None]:
-        """Seconds of each iteration, a list a run, by whose run and its kind; peak GFLOP/s; memory in MB."""
+        """Return seconds, peak GFLOP/s and memory in MB.
+
+        The seconds are of each iteration, one list a run, under ("ours" or "plain", "dense" or "sparse").
+        """
         loops = {"ours": self._ours} | ({"plain": self._plain} if self.plain else {})
         kinds = {"dense": (), "sparse": STOPS}
         taken: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
@@ -209,7 +199,7 @@ class _Bench:
         return taken, statistics.median(peaks), memory
 
     def _skip(self, stops: Sequence[int]) -> int:
-        """Iterations of a run before those that are measured."""
+        """Count the iterations of a run before those that are measured."""
         return 1 + max(stops, default=0) + WARM
 
     def _length(self, stops: Sequence[int]) -> int:
@@ -218,7 +208,7 @@ class _Bench:
     def _labels(self) -> Tensor:
         return (torch.arange(self.batch) % CLASSES).to(device())
 
-    def _ours(self, stops: Sequence[int], tick: Callable[[int], object]) -> None:
+    def _ours(self, stops: Sequence[int], tick: Tick) -> None:
         settings = InversionSettings(
             iterations=self._length(stops),
             stop_at=stops,
@@ -232,24 +222,9 @@ class _Bench:
         )
         invert(self.ensemble, self._labels(), settings, 0, recorded=0, progress=tick)
 
-    def _plain(self, stops: Sequence[int], tick: Callable[[int], object]) -> None:
-        vit = self.vit
-        ratios = ratios_rounded_down(vit.patch_embed.num_patches, RATIOS[: len(stops)])
-        with fixed_randomness(), ExitStack() as stack:
-            stack.enter_context(torch.device(device()))  # where the plain loop makes its images
-
-            def first_then(step: int) -> None:
-                stack.close()  # they are made; the measured iterations pay nothing for it
-                tick(step)
-
-            vit.requires_grad_(True)  # as published
-            try:
-                length = self._length(stops)
-                self.plain.invert_plainly(
-                    vit, self._labels(), length, stops, ratios, tv=TV, on_iteration=first_then
-                )
-            finally:
-                vit.requires_grad_(False).zero_grad(set_to_none=True)
+    def _plain(self, stops: Sequence[int], tick: Tick) -> None:
+        ratios = RATIOS[: len(stops)]
+        run_plain(self.plain, self.vit, self._labels(), self._length(stops), stops, ratios, tv=TV, tick=tick)
 
     def _speed(self, seconds: float, flops: int, peak: float) -> Speed:
         gflops = flops / seconds / 1e9
@@ -260,103 +235,3 @@ class _Bench:
             gflops=gflops,
             share_of_peak=gflops / peak,
         )
-
-
-def stopwatch(
-    loop: Callable[[Callable[[int], object]], object], skip: int, update: Callable[[int], object]
-) -> list[float]:
-    """Seconds of each iteration of a loop after the first `skip` (at least one), by the calls it makes."""
-    ends = []
-
-    def tick(_: int) -> None:
-        if device().type == "cuda":
-            torch.cuda.synchronize()
-        ends.append(time.perf_counter())
-        update(1)
-
-    loop(tick)
-    return [end - start for start, end in pairwise(ends[skip - 1 :])]
-
-
-def _median(runs: list[list[float]]) -> float:
-    return statistics.median(seconds for run in runs for seconds in run)
-
-
-def speedup(slow: list[list[float]], fast: list[list[float]]) -> float:
-    """How many times the seconds of `fast` those of `slow` are: median over neighbouring runs."""
-    pairs = zip(slow, fast, strict=True)
-    return statistics.median(statistics.median(one) / statistics.median(other) for one, other in pairs)
-
-
-def peak_gflops(precision: str) -> list[float]:
-    """GFLOP/s of the product of two square matrices, a few times."""
-    kind = torch.bfloat16 if precision == "bf16" else torch.float32
-    rng = make_rng(0, "bench", "peak")
-    one, other, made = (torch.randn(SIDE, SIDE, generator=rng).to(device(), kind) for _ in range(3))
-    each = 20 if device().type == "cuda" else 1  # enough work that waiting for its end costs little
-
-    def loop(tick: Callable[[int], object]) -> None:
-        for step in range(4):
-            for _ in range(each):
-                torch.mm(one, other, out=made)
-            tick(step)
-
-    return [2 * SIDE**3 * each / seconds / 1e9 for seconds in stopwatch(loop, 1, lambda _: None)]
-
-
-def peak_memory_mb() -> float | None:
-    """Most memory so far, MB: of this process; on CUDA, allocated there. None where that is not known."""
-    if device().type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, elsewhere KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
-
-# The plain loop: no part of the package, but a file of the checkout.
-
-
-def plain_loop() -> ModuleType:
-    """benchmarks/plain_loop.py as a module."""
-    path = home() / PLAIN
-    if not path.is_file():
-        raise BadInput(f"against='plain' needs a checkout of the repository: {PLAIN} is not there")
-    spec = importlib.util.spec_from_file_location("plain_loop", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@torch.no_grad()
-def check_plain(plain: ModuleType, vit: VisionTransformer, model: str) -> None:
-    """BadInput where the plain loop, which knows plain blocks alone, computes other logits than timm."""
-    images = torch.randn((2, *PatchGrid.of(vit).image), generator=make_rng(0, "bench")).to(device())
-    places = torch.arange(vit.patch_embed.num_patches, device=device()).repeat(2, 1)
-    try:
-        found = plain.forward(vit, images, places)[0]
-    except (RuntimeError, AttributeError):
-        found = None
-    if found is None or not torch.allclose(found, image_logits(vit, images), rtol=1e-2, atol=1e-3):
-        raise BadInput(f"against='plain' knows Vision Transformers of the plain kind alone, not {model!r}")
-
-
-def ratios_rounded_down(count: int, ratios: Sequence[float]) -> tuple[float, ...]:
-    """Ratios with which a loop that rounds down keeps as many of `count` patches as ours at its stops."""
-    left = [remaining(count, ratios[:stop]) for stop in range(len(ratios) + 1)]
-    return tuple(1 - (after + 0.5) / before for before, after in pairwise(left))
-
-
-@contextmanager
-def fixed_randomness() -> Iterator[None]:
-    """Python's and torch's random states are seeded, and put back after."""
-    before = random.getstate()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(0)
-        random.seed(0)
-        try:
-            yield
-        finally:
-            random.setstate(before)

@@ -1,12 +1,14 @@
-"""Floating-point operations: counted as torch counts them, and in closed form.
+"""Floating-point operations of a pass through a model: counted as torch counts them, and in closed form.
 
-Matrix products only, a multiply-add as two. torch does not know every fused attention kernel, so attention is
-counted as plain products: two forward and four backward, and nothing that a kernel computes twice.
+Only matrix products count, a multiply-add as two operations. torch does not know every fused attention
+kernel, so attention is counted as plain products: two forward and four backward, and nothing that a kernel
+computes twice.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -22,7 +24,7 @@ from ..vision.tokens import class_logits, image_logits, read_by_head
 
 
 def count_flops(function: Callable[[], object]) -> int:
-    """Count the floating-point operations of a call."""
+    """Count the floating-point operations of one call of a function."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
     return counter.get_total_flops()
@@ -30,61 +32,64 @@ def count_flops(function: Callable[[], object]) -> int:
 
 @torch.inference_mode()
 def inference_flops(model: nn.Module, image: Tensor) -> int:
-    """Floating-point operations of any model on one image (1, ch, H, W), as torch counts them."""
+    """Count the floating-point operations of any model's prediction for one image (1, ch, H, W)."""
     at = next((p.device for p in model.parameters()), image.device)
     forward = partial(image_logits, model) if isinstance(model, VisionTransformer) else model
     return count_flops(lambda: forward(image.to(at)))
 
 
 def forward_flops(vit: VisionTransformer, patches: int) -> int:
-    """Floating-point operations of one image's forward pass on that many patches, up to the classifier.
+    """Compute the floating-point operations of one image's forward pass on so many patches, without the head.
 
-    Matrix products only, a multiply-add as two: embedding, the blocks' linear layers, and attention,
-    which grows with the square of the tokens. In the last block only what the classifier reads counts.
+    A closed form: the patch embedding, the blocks' linear layers, and attention, which grows with the square
+    of the tokens. The last block computes only the tokens that the head reads.
     """
     tokens = patches + vit.num_prefix_tokens
     rows = [tokens] * (len(vit.blocks) - 1) + [read_by_head(vit) or tokens]
-    blocks = sum(block_multiplications(b, tokens, n) for b, n in zip(vit.blocks, rows, strict=True))
+    blocks = sum(_block_multiply_adds(b, tokens, n) for b, n in zip(vit.blocks, rows, strict=True))
     return 2 * (patches * vit.patch_embed.proj.weight.numel() + blocks)
 
 
-def block_multiplications(block: Block, tokens: int, rows: int) -> int:
-    """Of one block, for its first `rows` tokens: keys and values need all, the rest these rows alone."""
+def _block_multiply_adds(block: Block, tokens: int, rows: int) -> int:
+    """Count the multiply-adds of one transformer block that outputs only its first `rows` tokens.
+
+    Keys and values are computed for all tokens, queries and the MLP for `rows` of them.
+    """
     qkv = block.attn.qkv.weight.numel()
     linear = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
-    attention = 2 * rows * tokens * block.attn.attn_dim
+    attention = 2 * rows * tokens * block.attn.attn_dim  # Q Kᵀ and A V
     return tokens * 2 * qkv // 3 + rows * (linear - 2 * qkv // 3) + attention
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One image through one model: floating-point operations, and bytes kept for the backward pass."""
+    """The cost of one image's pass through one model: operations, and bytes kept for the backward pass."""
 
     flops: int
     kept: int
 
 
-def one_pass(vit: VisionTransformer, patches: int, wanted: str = "") -> Pass:
-    """The cost of one image of that many patches through a model on the meta device.
+def one_pass(vit: VisionTransformer, patches: int, wanted: Literal["", "image", "weights"] = "") -> Pass:
+    """Count the cost of one image of so many patches in a model on the meta device.
 
-    wanted: the gradient that follows, of the "image", of the "weights", or "" for the answer alone. In
-    float32, attention as plain matrix products: an upper bound of the memory of fused kernels.
+    wanted: the gradient that is taken, with respect to the "image" or the "weights"; "" for a forward pass
+    alone. Bytes are those of float32 and of attention as plain matrix products, an upper bound of what fused
+    kernels keep.
     """
     vit.requires_grad_(wanted == "weights")
     width = vit.patch_embed.proj.weight[0].numel()
-    view = torch.empty(1, patches, width, device="meta", requires_grad=wanted == "image")
-    kept: dict[int, int] = {}
+    view = torch.empty(1, patches, width, device="meta", requires_grad=wanted == "image")  # (1, M, ch·p·p)
+    positions = torch.arange(patches, device="meta")[None]  # (1, M)
+    kept: dict[int, int] = {}  # bytes of every storage, so that tensors that share one count once
 
     def keep(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, torch.nn.Parameter):
             kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
-    place = torch.arange(patches, device="meta")[None]
-
     def run() -> None:
         with saved_tensors_hooks(keep, lambda tensor: tensor), torch.set_grad_enabled(bool(wanted)):
-            logits = class_logits(vit, view, place)
+            logits = class_logits(vit, view, positions)
         if wanted:
             logits.sum().backward()
 
@@ -92,14 +97,17 @@ def one_pass(vit: VisionTransformer, patches: int, wanted: str = "") -> Pass:
 
 
 def image_flops(ensemble: Ensemble, patches: int) -> int:
-    """Floating-point operations of the ensemble's loss and its gradient, for one image on that many patches.
+    """Count the floating-point operations of the ensemble's loss and its gradient with respect to one image.
 
-    Matrix products only, as torch counts them. It does not know every fused attention kernel, so attention
-    runs as plain products here: two forward and four backward, and nothing that a kernel computes twice.
+    patches: how many of the image's patches are left.
     """
-    shape = PatchGrid.of(ensemble.members[0])
-    at = ensemble.weights.device
-    width = shape.channels * shape.patch[0] * shape.patch[1]
+    grid, at = PatchGrid.of(ensemble.members[0]), ensemble.weights.device
+    width = grid.channels * grid.patch[0] * grid.patch[1]
     view = torch.randn(1, patches, width, generator=make_rng(0, "bench")).to(at).requires_grad_()
-    place = torch.arange(patches, device=at)[None]
-    return count_flops(lambda: torch.autograd.grad(ensemble.forward_patches(view, place)[:, 0].sum(), view))
+    positions = torch.arange(patches, device=at)[None]
+
+    def run() -> None:
+        log_probs = ensemble.forward_patches(view, positions)  # (1, C)
+        torch.autograd.grad(log_probs[:, 0].sum(), view)
+
+    return count_flops(run)

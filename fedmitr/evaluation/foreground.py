@@ -1,4 +1,4 @@
-"""What is measured: accuracy, per class too, calibration, and how much true foreground the stops keep."""
+"""The share of the foreground that the stops of sparse inversion keep: true on scenes, else estimated."""
 
 import copy
 from collections.abc import Sequence
@@ -22,15 +22,15 @@ from ..vision.tokens import images_at_once, kept_patches, patch_features
 
 @torch.inference_mode()
 def surviving_patches(ensemble: Ensemble, images: Tensor, ratios: Sequence[float]) -> Tensor:
-    """Mask (n, N) of the patches that stops of these ratios would leave on given images.
+    """Return a mask (n, N) of the patches that stops with these ratios leave of given images (n, ch, H, W).
 
-    The stops of inversion, applied to still images: at each, the ensemble's CLS attention is
-    computed anew on the patches that are left.
+    The images do not change: at each stop the ensemble's CLS attention is computed anew on the patches that
+    are left, and those with the least are dropped.
     """
     parts = []
     for batch in images.split(images_at_once(ensemble)):
-        patches, keep = ensemble.cut(batch.to(device()))
-        keep = keep.expand(len(batch), -1)
+        patches, keep = ensemble.cut(batch.to(device()))  # (B, N, ch·p·p), (1, N)
+        keep = keep.expand(len(batch), -1)  # (B, M), M ≤ N: fewer after every stop
         mask = torch.zeros(keep.shape, dtype=torch.bool)
         for ratio in ratios:
             rows = ensemble.importance(patches, keep).topk(remaining(keep.shape[1], [ratio]), dim=1).indices
@@ -40,14 +40,17 @@ def surviving_patches(ensemble: Ensemble, images: Tensor, ratios: Sequence[float
 
 
 def foreground_kept(foreground: Tensor, mask: Tensor, patch: int) -> Tensor:
-    """Share of each image's true foreground area (n, 1, H, W) that lies in surviving patches (n, N): (n,)."""
+    """Return the share (n,) of each image's true foreground area that lies in surviving patches.
+
+    foreground (n, 1, H, W) in [0, 1]; mask (n, N); patch: side in pixels.
+    """
     area = patch_share(foreground, patch)
     return (area * mask).sum(1) / area.sum(1).clamp(min=1e-9)
 
 
 @torch.inference_mode()
 def token_features(vit: VisionTransformer, images: Tensor) -> np.ndarray:
-    """Output tokens (n, N, d) of whole images, on the CPU."""
+    """Return the output tokens (n, N, d) of whole images' patches, on the CPU."""
     vit = copy.deepcopy(vit).to(device()).eval()
     batches = images.split(images_at_once(vit))
     parts = [patch_features(vit, *kept_patches(vit, batch.to(device()))) for batch in batches]
@@ -57,18 +60,18 @@ def token_features(vit: VisionTransformer, images: Tensor) -> np.ndarray:
 def estimated_foreground(
     vit: VisionTransformer, real: Split, synthetic: SyntheticSet
 ) -> tuple[Tensor, float]:
-    """Share of the estimated foreground of synthetic images that the surviving patches hold, and chance.
+    """Return the share (n,) of synthetic images' estimated foreground that survives, and that of chance.
 
-    Inverted images have no true foreground. A logistic probe learns it on real scenes, where it is
-    known: from a patch's output token to whether digit covers a quarter of the patch. Its
-    probabilities on the synthetic patches are summed over the survivors: share (n,), chance is the
-    share of patches that survive. vit should be a model that took no part in the inversion.
+    Inverted images have no true foreground. A logistic probe learns it on real scenes, where it is known:
+    from a patch's output token to whether the digit covers at least a quarter of the patch. Its probabilities
+    on synthetic patches are summed over the survivors and divided by the sum over all. Chance is the share of
+    patches that survive. vit should be a model that took no part in the inversion.
     """
     covered = patch_share(real.foreground, vit.patch_embed.patch_size[0]) >= 0.25
     features = token_features(vit, real.images)
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
     probe.fit(features.reshape(-1, features.shape[-1]), covered.flatten().numpy())
     patches = token_features(vit, synthetic.pixels)
-    belief = probe.predict_proba(patches.reshape(-1, patches.shape[-1]))[:, 1]
-    belief, mask = torch.from_numpy(belief).view(len(synthetic), -1), synthetic.mask.cpu()
-    return (belief * mask).sum(1) / belief.sum(1), mask.double().mean().item()
+    covers = probe.predict_proba(patches.reshape(-1, patches.shape[-1]))[:, 1]
+    covers, mask = torch.from_numpy(covers).view(len(synthetic), -1), synthetic.mask.cpu()  # (n, N)
+    return (covers * mask).sum(1) / covers.sum(1), mask.double().mean().item()

@@ -1,4 +1,4 @@
-"""What a run would do, before it does it: stages, sizes, operations, memory, bytes.
+"""What a run would do, before it does it: its stages, their operations, memory and messages.
 
 Everything here is computed, nothing is measured. Operations are those that torch counts in the model's own
 forward and backward passes on the `meta` device, which has shapes and no numbers; a stage's are those of its
@@ -34,7 +34,10 @@ DIGITS = 1797  # images of scikit-learn's digits
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of a plan: flops of all of it, the most memory it holds, bytes that cross up and down."""
+    """One row of a plan: its floating-point operations, the most bytes it holds, and the bytes it sends.
+
+    bytes: of all messages, up and down together.
+    """
 
     stage: str
     what: str
@@ -44,81 +47,87 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Costs:
-    """What stages are made of: a model's passes on all patches, its bytes and those of one image."""
+class ModelCosts:
+    """The costs of one model, from which those of the stages are put together.
+
+    forward, grad_image, grad_weights: one image with all its patches through the model, without a gradient
+    and with that of the image or of the weights. model_bytes: the weights; image_bytes: one image.
+    """
 
     vit: VisionTransformer
-    answer: Pass
-    to_image: Pass
-    to_weights: Pass
-    model: int
-    image: int
+    forward: Pass
+    grad_image: Pass
+    grad_weights: Pass
+    model_bytes: int
+    image_bytes: int
     patches: int
     classes: int
 
     @classmethod
-    def of(cls, vit: VisionTransformer) -> "Costs":
+    def of(cls, vit: VisionTransformer) -> "ModelCosts":
+        """Count the costs of a model, which is moved to the `meta` device."""
         vit, patches = vit.to("meta"), vit.patch_embed.num_patches
         passes = [one_pass(vit, patches, wanted) for wanted in ("", "image", "weights")]
-        model = FLOAT * sum(value.numel() for value in vit.state_dict().values())
-        image = FLOAT * patches * vit.patch_embed.proj.weight[0].numel()
-        return cls(vit, *passes, model, image, patches, vit.num_classes)
+        model_bytes = FLOAT * sum(value.numel() for value in vit.state_dict().values())
+        image_bytes = FLOAT * patches * vit.patch_embed.proj.weight[0].numel()
+        return cls(vit, *passes, model_bytes, image_bytes, patches, vit.num_classes)
 
 
-Team = Sequence[Costs]  # of every client's model
+Team = Sequence[ModelCosts]  # the costs of each client's model, in the order of clients
 
 
 def plan(name: str, settings: Settings) -> list[Stage]:
-    """List the stages of one run of a method, in their order. No weights are loaded and no images read.
+    """List the stages of one run of a method, in order. No weights are loaded and no images are read.
 
-    What the server does is what the method's record says (`Method.work`). Raises BadInput as `run` does.
+    The method's record says what clients are given and send, and what the server computes
+    (`Method.work_under`). Raises BadInput for settings that the method refuses.
     """
     check_methods([name], settings)
     method = find(name)
     work = method.work_under(settings)
-    costs, team = costs_of(settings)
-    stages = [clients(method, settings, costs, team)]
+    student, team = costs_of(settings)
+    stages = [_clients(method, settings, student, team)]
     if work.group and len(team) > work.group:
-        stages += [groups(work, settings, costs, team)]
-        team = [costs] * (-(-len(team) // work.group))
-    return stages + server_stages(work, settings, costs, team)
+        stages += [_groups(work, settings, student, team)]
+        team = [student] * (-(-len(team) // work.group))  # each group has become one upload
+    return stages + _server_stages(work, settings, student, team)
 
 
-def server_stages(work: Work, settings: Settings, costs: Costs, team: Team) -> list[Stage]:
-    """List what the server computes from the uploads of one group of clients."""
+def _server_stages(work: Work, settings: Settings, student: ModelCosts, team: Team) -> list[Stage]:
+    """List what the server computes from the uploads of the clients in `team`."""
     stages = []
     if work.inversion:
-        stages += [inversion(work, costs, team)]
+        stages += [_inversion(work, student, team)]
     if work.generator_steps:
-        stages += [generation(work, costs, team)]
+        stages += [_generation(work, student, team)]
     if work.student_steps:
-        stages += distillation(work, settings, costs, team)
+        stages += _distillation(work, settings, student, team)
     return stages
 
 
-def costs_of(settings: Settings) -> tuple[Costs, Team]:
-    """Of the global model, and of every client's."""
-    costs = model_costs(settings.model.name, num_classes(settings.task), settings.model.image_size)
+def costs_of(settings: Settings) -> tuple[ModelCosts, Team]:
+    """Return the costs of the global model, and those of each client's model, which may be another."""
+    own = settings.model
+    student = model_costs(own.name, num_classes(settings.task), own.image_size)
     names = [settings.model_of(k).name for k in range(settings.partition.clients)]
-    known = {name: costs_beside(costs, name) for name in set(names)}
-    known[settings.model.name] = costs
-    return costs, [known[name] for name in names]
+    known = {name: _costs_beside(student, name) for name in set(names) - {own.name}} | {own.name: student}
+    return student, [known[name] for name in names]
 
 
 @functools.cache
-def model_costs(name: str, classes: int, size: int | None) -> Costs:
-    """Of the global model by its name; no weights are read."""
-    return Costs.of(create_vit(name, classes, image_size=size))
+def model_costs(name: str, classes: int, image_size: int | None) -> ModelCosts:
+    """Return the costs of a model by its timm name, class count and image side; its weights are not read."""
+    return ModelCosts.of(create_vit(name, classes, image_size=image_size))
 
 
 @functools.cache
-def costs_beside(costs: Costs, name: str) -> Costs:
-    """Of a client's model, for the same images and classes."""
-    return Costs.of(vit_beside(costs.vit, name))
+def _costs_beside(student: ModelCosts, name: str) -> ModelCosts:
+    """Return the costs of a client's model of another name, for the images and classes of the student."""
+    return ModelCosts.of(vit_beside(student.vit, name))
 
 
 def training_images(task: TaskSettings) -> int:
-    """Count the images that all clients hold together; in the folder where the task is one, unopened."""
+    """Count the images that all clients hold together; those of a folder are listed and not opened."""
     image_set, held = IMAGE_SETS.get(task.name), None
     if image_set is None:
         everything = DIGITS
@@ -133,30 +142,35 @@ def training_images(task: TaskSettings) -> int:
     return min(train, task.limit * num_classes(task)) if task.limit else train
 
 
-def clients(method: Method, settings: Settings, costs: Costs, team: Team) -> Stage:
-    """Local training and the messages; of `central`, one client that holds everything and sends nothing."""
+def _clients(method: Method, settings: Settings, student: ModelCosts, team: Team) -> Stage:
+    """Plan local training and the messages.
+
+    For `central` one client holds all images and sends nothing. For a method of several exchanges (FuseFL)
+    every client downloads all clients' blocks, and runs those of the stages before on its images.
+    """
     own, count, images = settings.client, len(team), training_images(settings.task)
     alone = method.given == "central"
-    trained = [costs] if alone else team
-    flops = own.epochs * images * sum(c.to_weights.flops for c in trained) / len(trained)
-    sent = 2 * sum(c.model for c in team) if method.sends else 0
-    if method.given == "clients":  # all download all blocks, and run them below the stage that they train
+    trained = [student] if alone else team
+    flops = own.epochs * images * sum(c.grad_weights.flops for c in trained) / len(trained)
+    sent = 2 * sum(c.model_bytes for c in team) if method.sends else 0
+    if method.given == "clients":
         stages = method.exchanges_under(settings)
-        flops += own.epochs * images * count * costs.answer.flops * (stages - 1) / (2 * stages)
-        sent = (count + count * count) * costs.model
+        # training stage s of S runs s / S of every client's blocks, s = 0 … S − 1: (S − 1) / 2S on average
+        flops += own.epochs * images * count * student.forward.flops * (stages - 1) / (2 * stages)
+        sent = (count + count * count) * student.model_bytes
     who = "one client" if alone else f"{count} clients"
     return Stage(
         "central" if alone else "clients",
         f"{who}, {images:,} images in all, {own.epochs} epochs",
         flops,
-        max(ADAM * c.model + own.batch_size * c.to_weights.kept for c in trained),
+        max(ADAM * c.model_bytes + own.batch_size * c.grad_weights.kept for c in trained),
         sent,
     )
 
 
 @functools.cache
-def inversion_flops(costs: Costs, how: InversionSettings) -> float:
-    """Of one image and one model: every iteration on the patches that are left."""
+def _inversion_flops(costs: ModelCosts, how: InversionSettings) -> float:
+    """Compute the operations of inverting one image from one model: each iteration on the patches left."""
     starts = itertools.pairwise([0, *how.stop_at, how.iterations])
     return sum(
         (last - first) * one_pass(costs.vit, remaining(costs.patches, how.stop_ratio[:part]), "image").flops
@@ -164,81 +178,83 @@ def inversion_flops(costs: Costs, how: InversionSettings) -> float:
     )
 
 
-def inversion(work: Work, costs: Costs, team: Team) -> Stage:
-    """All images: each inverted from one client, where owners are inverted, else from all of them."""
+def _inversion(work: Work, student: ModelCosts, team: Team) -> Stage:
+    """Plan the inversion of all images: each from one of its owners, or from all clients."""
     how = work.inversion
     owners = how.teacher == "owners"
-    flops = sum(count * inversion_flops(c, how) for c, count in Counter(team).items())
+    flops = sum(count * _inversion_flops(c, how) for c, count in Counter(team).items())
     flops = flops / len(team) if owners else flops
     if work.student_inverted:
-        flops += how.iterations * costs.to_image.flops
-    kept = [c.to_image.kept for c in team]
+        flops += how.iterations * student.grad_image.flops
+    kept = [c.grad_image.kept for c in team]
     at_once = max(kept) if owners or len(team) > MODELS_AT_ONCE else sum(kept)
-    left = remaining(costs.patches, how.stop_ratio)
+    left = remaining(student.patches, how.stop_ratio)
+    batch = min(how.batch_size, work.images)
     return Stage(
         "inversion",
-        f"{work.images:,} images, {how.iterations:,} iterations, {costs.patches} patches, {left} at last",
+        f"{work.images:,} images, {how.iterations:,} iterations, {student.patches} patches, {left} at last",
         work.images * flops,
-        sum(c.model for c in team) + min(how.batch_size, work.images) * (at_once + ADAM * costs.image),
+        sum(c.model_bytes for c in team) + batch * (at_once + ADAM * student.image_bytes),
     )
 
 
-def groups(work: Work, settings: Settings, costs: Costs, team: Team) -> Stage:
-    """Every group of clients distilled to one model, as all of them are otherwise; all uploads are held."""
+def _groups(work: Work, settings: Settings, student: ModelCosts, team: Team) -> Stage:
+    """Plan the distillation of every group of clients to one model, while the uploads of all are held."""
     parts = [team[first : first + work.group] for first in range(0, len(team), work.group)]
     each = Counter(tuple(part) for part in parts if len(part) > 1)
     flops, most = 0.0, 0.0
     for part, count in each.items():
-        stages = server_stages(work, settings, costs, part)
+        stages = _server_stages(work, settings, student, part)
         flops += count * sum(s.flops for s in stages)
-        most = max(most, *(s.memory - sum(c.model for c in part) for s in stages))
-    held = sum(c.model for c in team)
+        uploads = sum(c.model_bytes for c in part)  # counted below, with those of all clients
+        most = max([most, *(s.memory - uploads for s in stages)])
+    held = sum(c.model_bytes for c in team)
     return Stage(
         "groups", f"{len(parts)} groups of {work.group} clients at most, each as below", flops, most + held
     )
 
 
-def generation(work: Work, costs: Costs, team: Team) -> Stage:
-    """The passes through clients and student that train a generator, without its own."""
-    models = [*team, costs]  # the clients and the student
-    kept = [c.to_image.kept for c in models]
+def _generation(work: Work, student: ModelCosts, team: Team) -> Stage:
+    """Plan the passes through clients and student that train a generator, without the generator's own."""
+    models = [*team, student]
+    kept = [c.grad_image.kept for c in models]
     at_once = max(kept) if len(team) > MODELS_AT_ONCE else sum(kept)
     return Stage(
         "generation",
         f"{work.generator_steps:,} steps on {work.generator_batch} images",
-        work.generator_steps * work.generator_batch * sum(c.to_image.flops for c in models),
-        sum(c.model for c in models) + work.generator_batch * at_once,
+        work.generator_steps * work.generator_batch * sum(c.grad_image.flops for c in models),
+        sum(c.model_bytes for c in models) + work.generator_batch * at_once,
     )
 
 
-def distillation(work: Work, settings: Settings, costs: Costs, team: Team) -> list[Stage]:
-    """The ensemble's labels, for every stored view or for every step, and the student's steps."""
+def _distillation(work: Work, settings: Settings, student: ModelCosts, team: Team) -> list[Stage]:
+    """Plan the ensemble's labels, for every stored view or for every step, and the student's steps."""
     own, count = settings.distill, work.images
     steps = work.student_steps * own.batch_size
     views = count * own.views if own.views else steps
     fit = count * FIT_VIEWS * bool(work.calibrate)
-    stored = count * own.views * (costs.image + FLOAT * costs.classes * (1 + costs.patches))
-    labelling = min(len(team), own.per_class * costs.classes) if own.per_class else len(team)
-    teachers = sum(c.model for c in team)
-    student = ADAM * costs.model + own.batch_size * costs.to_weights.kept
+    stored = count * own.views * (student.image_bytes + FLOAT * student.classes * (1 + student.patches))
+    labelling = min(len(team), own.per_class * student.classes) if own.per_class else len(team)
+    teachers = sum(c.model_bytes for c in team)
+    training = ADAM * student.model_bytes + own.batch_size * student.grad_weights.kept
     return [
         Stage(
             "labels",
             f"{views:,} views" + (f", {fit:,} for calibration" if fit else "") + f", by {labelling} clients",
-            (views + fit) * sum(c.answer.flops for c in team) * labelling / len(team),
+            (views + fit) * sum(c.forward.flops for c in team) * labelling / len(team),
             teachers + stored,
         ),
         Stage(
             "student",
             f"{work.student_steps:,} steps on {own.batch_size} images",
-            steps * costs.to_weights.flops,
-            teachers + stored + student,
+            steps * student.grad_weights.flops,
+            teachers + stored + training,
         ),
     ]
 
 
 def plan_table(stages: list[Stage]) -> pd.DataFrame:
-    """A plan as text, with its sum: memory is the most of any stage."""
+    """Return a plan as a table of text with a last row for all stages: sums, and the most memory of any."""
     total = Stage(
         "all",
         "",

@@ -1,4 +1,4 @@
-"""Several methods on the same clients over several seeds, and what that says."""
+"""Several methods on the same clients over several seeds: the table of runs."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..core.errors import BadInput
 from ..core.processes import parallel
 from ..core.progress import progress
 from ..core.store import check_writable, write_csv
@@ -23,6 +24,7 @@ ACCOUNT = (
     "inference_flops",
 )
 SECONDS = ("client_seconds", "server_seconds")
+MOST_SEEDS = 10_000
 
 
 def compare(
@@ -31,23 +33,24 @@ def compare(
     store: Path | str | None = None,
     out: Path | None = None,
 ) -> pd.DataFrame:
-    """One row per method and setting; finished runs come from the store.
+    """Run every method under every setting and return one row a run; finished runs come from the store.
 
-    Rewrites the CSV `out`, and beside it the times (`seconds_file`), after every run.
+    Rewrites the CSV `out`, and beside it the times (`seconds_file`), after every run. Raises BadInput, before
+    any work, for a method or a setting that cannot work.
     """
     if out:
         check_writable(out.parent, f"out={str(out)!r}")
-    everyone = [Experiment(one, store) for one in settings]
-    for experiment in everyone:  # all of them before the first is run
+    experiments = [Experiment(one, store) for one in settings]
+    for experiment in experiments:  # all of them before the first is run
         experiment.check(methods)
-    clients = {e.upload_key(k): (e.settings, k) for e in everyone for k in range(len(e.shards))}.values()
+    clients = {e.upload_key(k): (e.settings, k) for e in experiments for k in range(len(e.shards))}.values()
     grid = [(one, method) for one in settings for method in methods]
     rows: dict[int, dict[str, object]] = {}
-    where = everyone[0].store.root
+    root = experiments[0].store.root
     with progress(len(clients) + len(grid), "clients and runs", "part") as bar:
-        for _ in parallel(partial(_train_apart, where), list(clients)):
+        for _ in parallel(partial(_train_in_worker, root), list(clients)):
             bar.update(1)
-        for index, row in parallel(partial(_run_apart, where), grid):
+        for index, row in parallel(partial(_run_in_worker, root), grid):
             rows[index] = row
             bar.update(1)
             if out:
@@ -55,20 +58,21 @@ def compare(
     return pd.DataFrame([rows[i] for i in range(len(grid))])
 
 
-def _train_apart(store: Path, part: tuple[Settings, int]) -> None:
-    settings, client = part
+def _train_in_worker(store: Path, item: tuple[Settings, int]) -> None:
+    settings, client = item
     Experiment(settings, store).train(client)
 
 
-def _run_apart(store: Path, part: tuple[Settings, str]) -> dict[str, object]:
-    settings, method = part
+def _run_in_worker(store: Path, item: tuple[Settings, str]) -> dict[str, object]:
+    settings, method = item
     return row_of(Experiment(settings, store).result(method))
 
 
 def row_of(result: Result) -> dict[str, object]:
-    """One row of the table: what was run, how accurate, and its account.
+    """Return one row of the table: what was run, how accurate it is, and its account.
 
-    The clients' seconds are of all of them together, one after the other; the server's of all its stages.
+    client_seconds is the sum over clients, as if they trained one after the other; server_seconds the sum
+    over the server's stages.
     """
     clients = result.seconds.get("clients", 0.0)
     seconds = {"client_seconds": clients, "server_seconds": sum(result.seconds.values()) - clients}
@@ -76,11 +80,26 @@ def row_of(result: Result) -> dict[str, object]:
 
 
 def write_table(table: pd.DataFrame, out: Path) -> None:
-    """The CSV of runs, and its times beside it."""
+    """Write the CSV of runs, and their times beside it."""
     write_csv(table[[*COLUMNS, *ACCOUNT]], out, digits=6)
     write_csv(table[["method", "seed", *SECONDS]], seconds_file(out), digits=3)
 
 
 def seconds_file(out: Path) -> Path:
-    """Where the times of `out` lie: apart, so that the results of a run are the same bytes every time."""
+    """Return the path of the times of `out`: apart, so that a repeated run writes the same bytes to `out`."""
     return out.with_name(f"{out.stem}_seconds{out.suffix}")
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Return the seeds of `0-4`, `1,3,5` or a mix of both; BadInput for what cannot be read."""
+    seeds: list[int] = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.strip().partition("-")
+            span = range(int(first), int(last or first) + 1)
+            seeds += span if len(span) <= MOST_SEEDS else []
+    except ValueError:
+        seeds = []
+    if not seeds:
+        raise BadInput(f"seeds={text!r} cannot be read: allowed are forms such as 0-4 or 1,3,5")
+    return list(dict.fromkeys(seeds))

@@ -1,6 +1,8 @@
 """Pretraining of the shipped ViT-Micro: tell apart the 52 Latin letters (method step 0).
 
-    python -m fedmitr.pretrain --model vit_micro    makes data/vit_micro_letters.safetensors and its card anew
+    python -m fedmitr.experiments.pretrain --model vit_micro
+
+writes data/vit_micro_letters.safetensors and its card anew.
 
 Letters come from the fonts that matplotlib ships, bent, thickened and blurred as handwriting and
 scanners do, then placed on the same scenes as the federated task. No digit is ever rendered. Some
@@ -12,11 +14,13 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from tqdm.auto import trange
 
@@ -31,24 +35,36 @@ from ..data.letters import (
 from ..vision.vit import MICROS, create_vit, letter_weights, normalisation
 
 
-def accuracy(model, glyphs: Tensor, labels: Tensor, stats: tuple[Tensor, Tensor], repeats: int = 8) -> float:
-    """Share of letters named right on scenes drawn with a fixed seed."""
-    generator = torch.Generator().manual_seed(1)
+def accuracy(
+    model: VisionTransformer,
+    glyphs: Tensor,
+    labels: Tensor,
+    stats: tuple[Tensor, Tensor],
+    repeats: int = 8,
+) -> float:
+    """Return the share of letters, in [0, 1], that the model classifies correctly.
+
+    glyphs (n, 1, H, W) are placed `repeats` times on scenes drawn with a fixed seed; stats: mean and std of
+    the model's normalisation.
+    """
+    rng = torch.Generator().manual_seed(1)
     hits = []
     with torch.inference_mode():
         for _ in range(repeats):
-            images = (letter_scenes(handwrite(glyphs, generator), generator) - stats[0]) / stats[1]
+            images = (letter_scenes(handwrite(glyphs, rng), rng) - stats[0]) / stats[1]
             hits.append((model(images).argmax(1) == labels).float())
     return torch.cat(hits).mean().item()
 
 
-def pretrain(name: str, steps: int, batch: int, lr: float, seed: int):
-    """Train a ViT-Micro on letters; returns (model, card)."""
+def pretrain(
+    name: str, steps: int, batch: int, lr: float, seed: int
+) -> tuple[VisionTransformer, dict[str, Any]]:
+    """Train a ViT-Micro on letters; return the model and its card: what it was trained on, and how well."""
     fonts = font_files()
     held_out = [f for f in fonts if f.stem in HELD_OUT]
     glyphs, labels = render_letters([f for f in fonts if f not in held_out])
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     model = create_vit(name, len(LETTERS)).train()
     stats = normalisation(model)
     decay = [p for p in model.parameters() if p.ndim > 1]
@@ -58,8 +74,8 @@ def pretrain(name: str, steps: int, batch: int, lr: float, seed: int):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     start, bar = time.perf_counter(), trange(steps, desc="letters", unit="step")
     for step in bar:
-        pick = torch.randint(len(glyphs), (batch,), generator=generator)
-        images = letter_scenes(handwrite(glyphs[pick], generator), generator)
+        pick = torch.randint(len(glyphs), (batch,), generator=rng)
+        images = letter_scenes(handwrite(glyphs[pick], rng), rng)
         loss = F.cross_entropy(model((images - stats[0]) / stats[1]), labels[pick], label_smoothing=0.05)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -89,8 +105,8 @@ def pretrain(name: str, steps: int, batch: int, lr: float, seed: int):
     return model, card
 
 
-def write(model, card: dict, path: Path) -> None:
-    """Weights as safetensors, and the card as Markdown beside them."""
+def write(model: VisionTransformer, card: dict[str, Any], path: Path) -> None:
+    """Write weights as safetensors, and the card as Markdown beside them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), path)
     size, digest = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
@@ -99,7 +115,7 @@ def write(model, card: dict, path: Path) -> None:
     text = [
         f"# {path.stem.removesuffix('_letters')}, pretrained on letters",
         "",
-        "Made by `python -m fedmitr.pretrain`; see `fedmitr/pretrain.py`.",
+        "Made by `python -m fedmitr.experiments.pretrain`; see `fedmitr/experiments/pretrain.py`.",
     ]
     text += ["Random scale, rotation, position, stroke and background; no digit is ever rendered.", ""]
     path.with_suffix(".md").write_text("\n".join([*text, "| | |", "|---|---|", *rows, ""]))

@@ -1,23 +1,19 @@
 """The papermill batch: every notebook in order, in a fresh kernel, at one profile."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
 from tqdm.auto import tqdm
 
 from ..core.errors import BadInput
-from ..core.paths import default_store, home, output_folder, shipped
-from ..core.store import Store, write_csv
+from ..core.paths import default_store, output_folder, reproduced, shipped
+from ..core.store import Store
 from ..settings import Settings
-from .result import Result
+from .headline import headline_text
 from .run import Experiment
-
-SUMMARY = "summary.csv"
 
 
 def notebooks(only: str | None = None) -> list[Path]:
-    """The numbered notebooks in order, or those whose numbers `only` lists."""
+    """List the numbered notebooks in order, or those whose numbers `only` lists."""
     found = {p.name[:2]: p for p in sorted(shipped("notebooks").glob("[0-9][0-9]_*.ipynb"))}
     chosen = [n.strip().zfill(2) for n in only.split(",")] if only else list(found)
     unknown = [n for n in chosen if n not in found]
@@ -26,36 +22,30 @@ def notebooks(only: str | None = None) -> list[Path]:
     return [found[n] for n in chosen]
 
 
-def reproduce(profile: str, only: str | None = None, store: Path | str | None = None) -> str:
-    """Execute notebooks with papermill; returns the summary table as text.
+def reproduce(
+    profile: str, only: str | None = None, store: Path | str | None = None, seed: int | None = None
+) -> str:
+    """Execute notebooks with papermill; return the table of headline numbers, stored and now, as text.
 
-    Every stage that an earlier run finished comes from the store, so a stopped run goes on where it
-    was. Executed copies lie in notebooks/executed/PROFILE.
+    Every stage that an earlier run finished comes from the store, so a stopped run goes on where it was.
+    Figures, tables and executed notebooks are written below `paths.reproduced`. seed: by default each
+    notebook's own. Raises BadInput, before any work, for an unknown profile or notebook.
     """
     settings, chosen = Settings.load(profile), notebooks(only)
     store = Store(store or default_store())
     Experiment(settings, store).check()
     import papermill  # slow to import, and only this command needs it
 
-    executed = home() / "notebooks" / "executed" / profile
-    executed.mkdir(parents=True, exist_ok=True)
+    executed = output_folder("notebooks", profile)
+    parameters = {"PROFILE": profile, "STORE": str(store.root.resolve())}
+    if seed is not None:
+        parameters["SEED"] = seed
     for path in tqdm(chosen, desc=f"notebooks ({profile})", unit="nb"):
         papermill.execute_notebook(
             path,
             executed / path.name,
-            parameters={"PROFILE": profile, "STORE": str(store.root.resolve())},
-            cwd=path.parent,
+            parameters=parameters,
+            cwd=Path.cwd(),
             progress_bar={"desc": path.stem, "leave": False},
         )
-    table = output_folder("results", profile) / SUMMARY
-    return (
-        pd.read_csv(table).to_string(index=False) if table.exists() else f"{len(chosen)} notebooks executed"
-    )
-
-
-def write_summary(results: Sequence[Result], profile: str) -> pd.DataFrame:
-    """One row per run, as results/summary.csv too; no timings: the same runs give the same bytes."""
-    columns = ("method", "task", "alpha", "clients", "seed", "accuracy", "upload_bytes")
-    table = pd.DataFrame([{name: getattr(r, name) for name in columns} for r in results])
-    write_csv(table, output_folder("results", profile) / SUMMARY, digits=4)
-    return table
+    return f"{headline_text(profile)}\nFigures, tables and notebooks of this run: {reproduced(profile)}"

@@ -1,8 +1,9 @@
-"""What grows with clients and with workers: measured on this machine, and computed beyond it.
+"""Costs that grow with clients and with workers: measured on this machine, and computed beyond it.
 
-Local training grows with the images, not with the clients. The server's part has one term in K: every view
-that the ensemble labels is seen by every client (`distill.per_class` and `distill.group` are the ways out),
-and it holds their models. Sparse inversion sees each image with one client (`inversion.teacher=owners`).
+Local training grows with the images, not with the number of clients K. On the server two costs grow with K:
+every view that the ensemble labels passes all K models, unless `distill.per_class` or `distill.group` say
+otherwise, and the server holds all K models. Sparse inversion shows each image to one client's model alone
+(`inversion.teacher=owners`).
 """
 
 import os
@@ -34,7 +35,7 @@ WAYS: dict[str, Mapping[str, Any]] = {
 
 
 def profiles(names: Sequence[str] = PROFILES, method: str = "fedmitr") -> pd.DataFrame:
-    """What one run of each profile is and, by its plan, costs: a row a profile. Nothing is run."""
+    """Return one row a profile: the sizes of a run and, by its plan, the costs. Nothing is run."""
     return pd.DataFrame([_profile(name, method) for name in names]).set_index("profile")
 
 
@@ -56,26 +57,17 @@ def _profile(name: str, method: str) -> dict[str, Any]:
 
 
 def projection(settings: Settings, counts: Sequence[int] = CLIENTS) -> pd.DataFrame:
-    """The server's work and memory for each number of clients and each of `WAYS`, computed by `plan`.
+    """Compute, by `plan`, the server's work and memory for each number of clients and each of `WAYS`.
 
-    Columns: way, clients, "server, TFLOP" without local training, "memory, GB" at most of any server stage,
-    "messages, MB" up and down. The images of all clients together stay the same.
+    Columns: way, clients; "server, TFLOP", without local training; "memory, GB", the most that a server stage
+    holds; "messages, MB", up and down. The number of images over all clients stays the same.
     """
     rows = []
     for way, overrides in WAYS.items():
         for count in counts:
-            stages = plan("fedmitr", _changed(settings, {"partition.clients": count, **overrides}))
+            stages = plan("fedmitr", settings.changed({"partition.clients": count, **overrides}))
             rows.append({"way": way, "clients": count, **_costs(stages)})
     return pd.DataFrame(rows)
-
-
-def _changed(settings: Settings, overrides: Mapping[str, Any]) -> Settings:
-    """Settings with other values of some `block.name`; nothing is validated again."""
-    for name, value in overrides.items():
-        block, leaf = name.split(".")
-        changed = getattr(settings, block).model_copy(update={leaf: value})
-        settings = settings.model_copy(update={block: changed})
-    return settings
 
 
 def _costs(stages: Sequence[Stage]) -> dict[str, float]:
@@ -90,11 +82,11 @@ def _costs(stages: Sequence[Stage]) -> dict[str, float]:
 def strong_scaling(
     settings: Settings, workers: Sequence[int], store: Store | Path | str | None = None, repeats: int = 2
 ) -> pd.DataFrame:
-    """Seconds to invert the same batches with each number of workers, on this machine, now.
+    """Time how long this machine takes to invert the same batches with each number of workers.
 
-    Uploads come from the store; the batches are inverted anew each time, and of `repeats` times the fastest
-    counts, after one that starts the processes and does not. Columns: workers, seconds, "speed-up" against
-    the first number. Raises BadInput for fewer batches than workers.
+    Uploads come from the store; the batches are inverted anew each time. The fastest of `repeats` times is
+    kept; one run before them starts the processes and is not timed. Columns: workers, seconds, "speed-up"
+    against the first number. Raises BadInput for fewer batches than workers.
     """
     batches = -(-settings.inversion.images // settings.inversion.batch_size)
     if batches < max(workers):
@@ -115,13 +107,13 @@ def strong_scaling(
 
 
 def worker_counts(most: int = 8) -> list[int]:
-    """1, 2, 4, …: as many processes as this machine has cores for."""
+    """Return 1, 2, 4, 8 workers, as far as this machine has cores and not above `most`."""
     return [count for count in (1, 2, 4, 8) if count <= min(most, joblib.cpu_count())]
 
 
 @contextmanager
 def processes(count: int) -> Iterator[None]:
-    """So many processes for what is spread over them (`parallel.jobs`)."""
+    """Spread work over this many processes (`core.processes.jobs`) inside the `with` block."""
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = str(count)
     try:

@@ -1,4 +1,4 @@
-"""What the runs of a comparison say: means over seeds, paired differences with intervals, accounts."""
+"""Statistics of the runs of a comparison: means over seeds, paired differences with intervals, accounts."""
 
 import pandas as pd
 from scipy import stats
@@ -10,10 +10,11 @@ REFERENCE = "fedmitr"
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
-    """Per method, at one skew: mean and std of accuracy over seeds, and the paired difference to FedMITR.
+    """Return, for each method at one skew, its accuracy over seeds and the paired difference to FedMITR.
 
-    The difference is this method minus FedMITR on the same seeds, with the half width of its 95 %
-    interval from Student's t; NaN where there is no FedMITR run or only one seed.
+    Columns: seeds, their number; mean and std of accuracy; "minus fedmitr", the mean over shared seeds of
+    this method minus FedMITR; "± 95 %", the half width of that mean's interval from Student's t. The last two
+    are NaN without a run of FedMITR, the last with one seed too.
     """
     wide = runs.pivot_table(index="seed", columns="method", values="accuracy")
     rows = []
@@ -30,12 +31,12 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarise_skews(runs: pd.DataFrame) -> pd.DataFrame:
-    """`summarise` for each Dirichlet alpha by itself, indexed by alpha and method."""
+    """Return `summarise` of each Dirichlet alpha, indexed by alpha and method."""
     return pd.concat({alpha: summarise(some) for alpha, some in runs.groupby("alpha")}, names=["alpha"])
 
 
 def across_skews(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per method and seed, its accuracy the mean over alphas.
+    """Return one row per method and seed, whose accuracy is the mean over alphas.
 
     A seed that a method did not run at every alpha is left out for that method: the mean of the other alphas
     would be another quantity.
@@ -46,10 +47,10 @@ def across_skews(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def skew_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Methods, best first, against alphas and the mean over them: mean ± std and `interval`, as text.
+    """Return mean ± std and `interval` as text: a row for each method, best first; a column for each alpha.
 
-    A dash where a method has no run, or no seed that ran at every alpha; a number of seeds below that of the
-    column is said in the cell.
+    The last column is that of the mean over alphas. A cell is a dash where the method has no run, or no seed
+    that ran at every alpha, and states its number of seeds where that is below the column's.
     """
     parts = {f"α = {alpha:g}": some for alpha, some in runs.groupby("alpha")}
     parts["mean over α"] = together = across_skews(runs)
@@ -71,16 +72,16 @@ def _skew_cell(runs: pd.DataFrame, method: str) -> str:
 
 
 def paired(one: pd.Series, other: pd.Series | float) -> tuple[float, float]:
-    """Mean of one − other over shared seeds, and the half width of its 95 % interval (Student's t)."""
+    """Return the mean of one − other over shared seeds and its 95 % interval's half width (Student's t)."""
     gap = (one - other).dropna()
     return gap.mean(), gap.std() / max(1, len(gap)) ** 0.5 * stats.t.ppf(0.975, max(1, len(gap) - 1))
 
 
 def account_table(runs: pd.DataFrame, seconds: pd.DataFrame) -> pd.DataFrame:
-    """What each method reaches and what it costs, as text: means over seeds, ordered by `methods.in_order`.
+    """Return each method's accuracy and costs as text: means over seeds, ordered by `methods.in_order`.
 
-    runs and seconds are the two files that `compare` writes. A star marks what is not one model; the
-    factor beside the operations of one answer is against the cheapest method.
+    runs and seconds are the two files that `compare` writes. A star marks a method that does not leave one
+    model; the factor beside the operations of one prediction is against the cheapest method.
     """
     scores = summarise(runs)
     costs = runs.groupby("method")[list(ACCOUNT)].mean()
@@ -105,6 +106,6 @@ def account_table(runs: pd.DataFrame, seconds: pd.DataFrame) -> pd.DataFrame:
 
 
 def interval(score: pd.Series) -> str:
-    """The paired difference of a row of `summarise` with its interval; empty without one, and for FedMITR."""
+    """Return a row of `summarise` as difference [low, high]; empty without an interval, and for FedMITR."""
     gap, half = score["minus fedmitr"], score["± 95 %"]
     return "" if pd.isna(half) or gap == half == 0 else f"{gap:+.3f} [{gap - half:+.3f}, {gap + half:+.3f}]"

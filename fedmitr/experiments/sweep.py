@@ -1,4 +1,4 @@
-"""A grid over settings: one method, many cells, several seeds each; ablations are made of such cells.
+"""A grid over settings: one method, many cells, several seeds each; ablations consist of such cells.
 
 A cell is a name and the settings in which it differs from the profile; cells that belong together form
 a panel. Runs that several cells share are run once.
@@ -25,7 +25,7 @@ KEPT = ("panel", "cell", *COLUMNS, "synthetic_images", "student_steps", "server_
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting of a sweep: its panel, its name, and dotted names with their values."""
+    """One cell of a sweep: its panel, its name, and dotted settings with their values."""
 
     panel: str
     name: str
@@ -33,7 +33,7 @@ class Cell:
 
 
 def read_cells(path: Path) -> list[Cell]:
-    """Cells of a YAML file: panel -> cell -> {dotted name: value}. BadInput where it is another thing."""
+    """Read the cells of a YAML file: panel -> cell -> {dotted name: value}; BadInput for anything else."""
     try:
         tree = yaml.safe_load(path.read_text())
         return [
@@ -46,7 +46,7 @@ def read_cells(path: Path) -> list[Cell]:
 
 
 def choose(cells: Sequence[Cell], panels: Sequence[str]) -> list[Cell]:
-    """The cells of these panels; of all where none is named."""
+    """Return the cells of these panels; all cells where no panel is named."""
     known = list(dict.fromkeys(cell.panel for cell in cells))
     unknown = [panel for panel in panels if panel not in known]
     if unknown:
@@ -55,7 +55,7 @@ def choose(cells: Sequence[Cell], panels: Sequence[str]) -> list[Cell]:
 
 
 def grid_cells(texts: Sequence[str]) -> list[Cell]:
-    """The product of `key=v1,v2` texts, as one panel; values are read as YAML."""
+    """Return the product of `key=v1,v2` texts as one panel of cells; values are read as YAML."""
     axes = []
     for text in texts:
         key, equals, values = text.partition("=")
@@ -72,7 +72,7 @@ def grid_cells(texts: Sequence[str]) -> list[Cell]:
 
 
 def check_cells(cells: Sequence[Cell]) -> None:
-    """BadInput for no cell, for two of one name in a panel, and for a cell that sets the seed."""
+    """Raise BadInput for no cell, for two of one name in a panel, and for a cell that sets the seed."""
     if not cells:
         raise BadInput("there are no cells to run: give at least one")
     names = [(cell.panel, cell.name) for cell in cells]
@@ -92,7 +92,10 @@ def sweep(
     store: Path | str | None = None,
     out: Path | None = None,
 ) -> pd.DataFrame:
-    """One row per cell and seed, as the CSV `out` too; finished runs come from the store."""
+    """Run a method in every cell and return one row per cell and seed, written to the CSV `out` too.
+
+    Finished runs come from the store.
+    """
     if out:
         check_writable(out.parent, f"out={str(out)!r}")
     check_cells(cells)
@@ -114,9 +117,11 @@ def sweep(
 
 
 def summarise_cells(table: pd.DataFrame) -> pd.DataFrame:
-    """Per panel and cell: seeds, mean and std of accuracy, and the paired difference to the panel's first.
+    """Return, for each panel and cell, its accuracy over seeds and the paired difference to the first cell.
 
-    With the half width of its 95 % interval (Student's t), NaN for one seed and for the first cell itself.
+    Columns: seeds, mean and std as in `summarise`; "minus first", the mean difference to the panel's first
+    cell on the same seeds; "± 95 %", the half width of its interval (Student's t). The last two are NaN for
+    the first cell itself, the last with one seed too.
     """
     rows = []
     for panel, runs in table.groupby("panel", sort=False):

@@ -1,9 +1,9 @@
-"""One function a picture: tensors and tables in, a matplotlib Figure out. `save` writes and shows it."""
+"""One function a picture: tensors and tables in, a matplotlib Figure out. `save` writes it and shows it."""
 
 from . import widgets
 from .accuracies import bars, confidence, panels, per_class
 from .clients import scenes, shard_grid, shards, skew
-from .images import attention, curves, emerging, foreground, frame, generated, places, schedule
+from .images import attention, curves, emerging, foreground, frame, generated, one_of_each, places, schedule
 from .labels import overview, token_labels
 from .methods import comparison, costs, weights
 from .scale import projection, scaling
@@ -20,6 +20,7 @@ __all__ = [
     "foreground",
     "frame",
     "generated",
+    "one_of_each",
     "overview",
     "panels",
     "per_class",

@@ -1,8 +1,4 @@
-"""What figures share: style, colours, saving, and the parts that several of them draw.
-
-A figure's size in inches is the size at which notebooks show it, 96 pixels an inch; no text is below
-9 points there. Colours: Okabe-Ito for kinds, cividis and viridis for amounts, grey for pixels.
-"""
+"""Accuracies: of models, of classes, of clients and of the cells of a study."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,14 +10,22 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from ..methods import described
 from .style import BLACK, BLUE, GREEN, ORANGE, SKY, VERMILLION, new_figure, styled, write_cells
 
-COLORS = {"FedMITR": VERMILLION, "ensemble": BLUE, "FedAvg": ORANGE, "central": GREEN}
+_COLORS = {
+    described(name).label: color
+    for name, color in {"fedmitr": VERMILLION, "ensemble": BLUE, "fedavg": ORANGE, "central": GREEN}.items()
+}
 
 
 def draw_bars(axis: Axes, scores: Mapping[str, float], chance: float | None) -> None:
+    """Draw one bar for each name, and a dotted line at the accuracy of guessing.
+
+    A bar has its method's colour where the name is the method's label, alone or before a comma.
+    """
     names, values = list(scores), list(scores.values())
-    bar = axis.barh(names, values, color=[COLORS.get(n.split(",")[0], "#999999") for n in names])
+    bar = axis.barh(names, values, color=[_COLORS.get(n.split(",")[0], "#999999") for n in names])
     axis.bar_label(bar, [f"{v:.2f}" for v in values], padding=3, fontsize=9)
     if chance is not None:
         axis.axvline(chance, color=BLACK, ls=":", lw=1.2)
@@ -29,12 +33,9 @@ def draw_bars(axis: Axes, scores: Mapping[str, float], chance: float | None) -> 
     axis.set(xlim=(0, 1), ylim=(len(names) - 0.4, -1.1), xlabel="test accuracy")
 
 
-# --- accuracies -----------------------------------------------------------------------------------
-
-
 @styled
 def bars(scores: Mapping[str, float], title: str = "", chance: float | None = 0.1) -> Figure:
-    """Test accuracies in [0, 1] by name, with the accuracy of guessing as a line."""
+    """Draw test accuracies in [0, 1] by name, with the accuracy of guessing as a line."""
     figure = new_figure(7, 0.9 + 0.34 * len(scores))
     draw_bars(figure.subplots(), scores, chance)
     figure.axes[0].set(title=title)
@@ -45,7 +46,10 @@ def bars(scores: Mapping[str, float], title: str = "", chance: float | None = 0.
 def per_class(
     rows: Mapping[str, Tensor], classes: Sequence[str], title: str = "", outlined: Tensor | None = None
 ) -> Figure:
-    """Accuracy of each class, name -> (C,), in per cent; outlined (rows, C) puts a line around cells."""
+    """Draw the accuracy of each class in per cent: name -> (C,) in [0, 1].
+
+    outlined (rows, C): true for the cells that get a line around them.
+    """
     figure = new_figure(7.5, 1.2 + 0.34 * len(rows))
     axis = figure.subplots()
     values = 100 * torch.stack(list(rows.values())).numpy()
@@ -64,11 +68,11 @@ def per_class(
 
 @styled
 def confidence(seen: Tensor, unseen: Tensor) -> Figure:
-    """Mean confidence of every client (K,) on test images of classes it holds and of classes it never saw."""
+    """Draw each client's mean confidence (K,) on test images of classes that it holds, and of the others."""
     figure = new_figure(7, 2.8)
     axis, at = figure.subplots(), np.arange(len(seen))
     axis.bar(at - 0.2, seen, 0.38, color=BLUE, label="classes in its shard")
-    axis.bar(at + 0.2, unseen, 0.38, color=ORANGE, label="classes it never saw: every answer is wrong")
+    axis.bar(at + 0.2, unseen, 0.38, color=ORANGE, label="other classes: every prediction is wrong")
     axis.set_xticks(at, map(str, at))
     axis.set(xlabel="client", ylabel="mean confidence", ylim=(0, 1.3), yticks=[0, 0.5, 1])
     axis.legend(loc="upper center", ncols=2)
@@ -77,9 +81,10 @@ def confidence(seen: Tensor, unseen: Tensor) -> Figure:
 
 @styled
 def panels(table: pd.DataFrame) -> Figure:
-    """Runs with columns panel, cell, seed, accuracy: each cell's seeds as dots, mean ± std, panel by panel.
+    """Draw each cell's seeds as dots and their mean ± std, panel by panel.
 
-    A dashed line marks the mean of a panel's first cell, with which the others are compared.
+    table: a row a run, with the columns panel, cell, seed and accuracy. A dashed line marks the mean of a
+    panel's first cell, with which the others are compared.
     """
     parts = list(table.groupby("panel", sort=False))
     counts = [runs["cell"].nunique() for _, runs in parts]

@@ -1,8 +1,4 @@
-"""What figures share: style, colours, saving, and the parts that several of them draw.
-
-A figure's size in inches is the size at which notebooks show it, 96 pixels an inch; no text is below
-9 points there. Colours: Okabe-Ito for kinds, cividis and viridis for amounts, grey for pixels.
-"""
+"""What clients hold: scenes, the shards of a partition, and how skewed their classes are."""
 
 from collections.abc import Mapping, Sequence
 
@@ -28,6 +24,7 @@ from .style import (
 def draw_counts(
     axis: Axes, counts: Tensor, classes: Sequence[str], numbers: bool = False, most: int = 0
 ) -> None:
+    """Draw counts (K, C) as a heatmap, a row a client; numbers: also as text; most: the scale's upper end."""
     axis.imshow(counts, vmin=0, vmax=most or None, aspect="auto")
     if numbers:
         write_cells(axis, counts.numpy(), [str(int(c)) for c in counts.flatten()], high=int(counts.max()))
@@ -36,14 +33,12 @@ def draw_counts(
     axis.set(xlabel="class", ylabel="client")
 
 
-# --- data -----------------------------------------------------------------------------------------
-
-
 @styled
 def scenes(split: Split, stats: tuple[Tensor, Tensor], picks: Sequence[int], patch: int) -> Figure:
-    """Scenes, their true foreground, and the share of it in every patch.
+    """Draw scenes, their true foreground, and the share of it in every patch.
 
-    split.images (n, ch, H, W) and foreground (n, 1, H, W); picks: which to show; patch: side in pixels.
+    split.images (n, ch, H, W) and foreground (n, 1, H, W); stats: mean and std of the images; picks: which to
+    show; patch: side in pixels.
     """
     figure, axes = picture_grid(3, len(picks), cell=1.0, left=1.1, right=0.7)
     images, foreground = pixels(split.images[picks], stats), split.foreground[picks]
@@ -60,7 +55,7 @@ def scenes(split: Split, stats: tuple[Tensor, Tensor], picks: Sequence[int], pat
 
 @styled
 def shards(counts: Tensor, classes: Sequence[str], title: str = "") -> Figure:
-    """Who holds what: counts (K, C), one row per client."""
+    """Draw how many images of each class every client holds: counts (K, C)."""
     figure = new_figure(7, 1.2 + 0.34 * len(counts))
     axis = figure.subplots()
     draw_counts(axis, counts, classes, numbers=True)
@@ -71,7 +66,7 @@ def shards(counts: Tensor, classes: Sequence[str], title: str = "") -> Figure:
 
 @styled
 def shard_grid(panels: Mapping[str, Tensor], classes: Sequence[str]) -> Figure:
-    """Several partitions side by side: title -> counts (K, C), one colour scale for all."""
+    """Draw several partitions side by side, title -> counts (K, C), on one colour scale."""
     figure = new_figure(9, 2.6)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     most = max(int(c.max()) for c in panels.values())
@@ -84,7 +79,7 @@ def shard_grid(panels: Mapping[str, Tensor], classes: Sequence[str]) -> Figure:
 
 @styled
 def skew(alphas: Sequence[float], values: Tensor) -> Figure:
-    """Label skew against α: values (A, S) for A alphas and S draws of the partition."""
+    """Draw label skew against α: values (A, S) for A alphas and S draws of the partition."""
     figure = new_figure(6, 3)
     axis = figure.subplots()
     axis.plot(alphas, values, ".", color=SKY)

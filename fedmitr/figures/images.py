@@ -1,8 +1,4 @@
-"""What figures share: style, colours, saving, and the parts that several of them draw.
-
-A figure's size in inches is the size at which notebooks show it, 96 pixels an inch; no text is below
-9 points there. Colours: Okabe-Ito for kinds, cividis and viridis for amounts, grey for pixels.
-"""
+"""Inverted images: how they emerge, which of their patches survive, and what that costs."""
 
 from collections.abc import Mapping
 
@@ -28,23 +24,24 @@ from .style import (
 )
 
 
-def frame_title(history: Mapping[str, Tensor], index: int) -> str:
+def _frame_title(history: Mapping[str, Tensor], index: int) -> str:
+    """Return the iteration of a recorded frame, and how many patches of an image were left."""
     left = int(history["frame_masks"][index, 0].sum())
     return f"iteration {int(history['frame_at'][index])}\n{left} left"
 
 
 def one_of_each(labels: Tensor, count: int) -> list[int]:
-    """Index of the first image of each class, at most `count` of them, in the order of classes."""
+    """Return the index of the first image of each class, for the first `count` classes that occur."""
     found = [int((labels == label).nonzero()[0, 0]) for label in labels.unique()]
     return found[:count]
 
 
-# --- inversion ------------------------------------------------------------------------------------
-
-
 @styled
 def attention(split: Split, importance: Tensor, mask: Tensor, stats: tuple[Tensor, Tensor]) -> Figure:
-    """Real scenes with their true foreground, CLS attention (n, N), and the patches (n, N) stops keep."""
+    """Draw scenes with their true foreground, CLS attention on their patches, and the patches that survive.
+
+    importance (n, N): CLS attention; mask (n, N): true for patches that the stops keep.
+    """
     count = len(split)
     figure, axes = picture_grid(3, count, cell=1.0, left=1.1, right=0.8)
     for column, image in enumerate(pixels(split.images[:], stats)):
@@ -61,7 +58,7 @@ def attention(split: Split, importance: Tensor, mask: Tensor, stats: tuple[Tenso
 
 @styled
 def places(panels: Mapping[str, Tensor], label: str) -> Figure:
-    """One value for each place of the patch grid, title -> (N,), on one scale from zero."""
+    """Draw one value for each position on the patch grid, title -> (N,), on one scale from zero."""
     figure = new_figure(8.5, 2.9)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     most = max(float(values.max()) for values in panels.values())
@@ -76,9 +73,9 @@ def places(panels: Mapping[str, Tensor], label: str) -> Figure:
 def emerging(
     synthetic: SyntheticSet, truth: Split, stats: tuple[Tensor, Tensor], count: int = 5, frames: int = 7
 ) -> Figure:
-    """Images emerging over iterations, live patches outlined, beside a true image of the same class.
+    """Draw images as they emerge over iterations, live patches outlined, beside a true image of their class.
 
-    Takes the frames in synthetic.history: frames (F, B, ch, H, W), frame_masks (F, B, N), frame_at (F,).
+    synthetic.history holds frames (F, B, ch, H, W), frame_masks (F, B, N) and frame_at (F,).
     """
     history = synthetic.history
     chosen = torch.linspace(0, len(history["frame_at"]) - 1, frames).round().long().tolist()
@@ -94,27 +91,31 @@ def emerging(
         draw_image(axes[row, -1], pixels(true, stats))
         axes[row, 0].set_ylabel(f"target {label}")
     for axis, frame in zip(axes[0], chosen, strict=False):
-        axis.set_title(frame_title(history, frame))
+        axis.set_title(_frame_title(history, frame))
     axes[0, -1].set_title("true\nimage")
     return figure
 
 
 @styled
 def frame(synthetic: SyntheticSet, index: int, stats: tuple[Tensor, Tensor], count: int = 8) -> Figure:
-    """Frame `index` of a batch on its way, live patches outlined: `emerging` at one iteration."""
+    """Draw images as they were at one recorded iteration, the frame `index`, live patches outlined."""
     history = synthetic.history
     picks = one_of_each(synthetic.labels[: history["frames"].shape[1]], count)
     figure, axes = picture_grid(1, len(picks), cell=1.05, left=0.1, head=0.6)
     for axis, pick in zip(axes[0], picks, strict=True):
         draw_image(axis, pixels(history["frames"][index, pick], stats), history["frame_masks"][index, pick])
         axis.set_title(f"target {int(synthetic.labels[pick])}")
-    figure.suptitle(frame_title(history, index).replace("\n", ": ") + " of each image's patches", fontsize=10)
+    title = _frame_title(history, index).replace("\n", ": ")
+    figure.suptitle(f"{title} of each image's patches", fontsize=10)
     return figure
 
 
 @styled
 def schedule(kept: Mapping[str, Tensor], flops: Mapping[str, Tensor]) -> Figure:
-    """Patches left at each iteration (I,), and operations so far of one teacher on one image (I,)."""
+    """Draw the patches left at each iteration, and the operations so far of one teacher on one image.
+
+    kept, flops: name -> (I,), patches and operations of every iteration.
+    """
     figure = new_figure(8.5, 2.8)
     left, right = figure.subplots(1, 2)
     for name, color, style in zip(kept, (BLUE, VERMILLION), ("--", "-"), strict=False):
@@ -128,7 +129,10 @@ def schedule(kept: Mapping[str, Tensor], flops: Mapping[str, Tensor]) -> Figure:
 
 @styled
 def curves(histories: Mapping[str, Mapping[str, Tensor]]) -> Figure:
-    """Cross-entropy to the target and the teacher's confidence in it, over iterations (I,)."""
+    """Draw cross-entropy to the target, and the teacher's confidence in it, over iterations.
+
+    histories: name -> `SyntheticSet.history`.
+    """
     figure = new_figure(8.5, 2.8)
     left, right = figure.subplots(1, 2)
     for (name, history), color, style in zip(
@@ -144,7 +148,7 @@ def curves(histories: Mapping[str, Mapping[str, Tensor]]) -> Figure:
 
 @styled
 def foreground(shares: Mapping[str, tuple[Tensor, float]]) -> Figure:
-    """Share of each image's foreground that survives, title -> (shares (n,), chance)."""
+    """Draw how much of each image's foreground survives, title -> (shares (n,), the share of chance)."""
     figure = new_figure(8.5, 2.8)
     axes = figure.subplots(1, len(shares), squeeze=False)[0]
     for axis, (title, (values, chance)) in zip(axes, shares.items(), strict=True):
@@ -158,9 +162,9 @@ def foreground(shares: Mapping[str, tuple[Tensor, float]]) -> Figure:
 
 @styled
 def generated(sets: Mapping[str, SyntheticSet], truth: Split, stats: tuple[Tensor, Tensor]) -> Figure:
-    """The first image of each class that every method made, and a true one below; a dash where it made none.
+    """Draw the first image of each class of several synthetic sets, and a true one below.
 
-    Where patches stopped, a line holds the survivors.
+    A dash stands where a set has no image of the class; where patches stopped, a line holds the survivors.
     """
     classes = truth.labels.unique().tolist()
     figure, axes = picture_grid(len(sets) + 1, len(classes), cell=0.76, left=1.2)

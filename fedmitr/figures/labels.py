@@ -1,8 +1,4 @@
-"""What figures share: style, colours, saving, and the parts that several of them draw.
-
-A figure's size in inches is the size at which notebooks show it, 96 pixels an inch; no text is below
-9 points there. Colours: Okabe-Ito for kinds, cividis and viridis for amounts, grey for pixels.
-"""
+"""Labels of patches, and the whole method in one picture."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +16,13 @@ from .clients import draw_counts
 from .images import one_of_each
 from .style import (
     BLACK,
-    CLASSES,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PINK,
+    SKY,
+    VERMILLION,
+    YELLOW,
     bare,
     draw_image,
     draw_outline,
@@ -32,11 +34,16 @@ from .style import (
     styled,
 )
 
+_CLASS_COLORS = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PINK, YELLOW, "#BBBBBB", "#777777", BLACK)
 
-def draw_tokens(axis: Axes, probabilities: Tensor, mask: Tensor) -> None:
-    """The likeliest class of each patch (N, C) as colour and number, survivors outlined."""
+
+def _draw_tokens(axis: Axes, probabilities: Tensor, mask: Tensor) -> None:
+    """Draw each patch's most probable class, from (N, C), as colour and number; survivors are outlined.
+
+    mask (N,): true for patches that survived every stop.
+    """
     best, label = probabilities.cpu().max(dim=1)
-    colors = np.array([mpl.colors.to_rgb(CLASSES[int(c) % len(CLASSES)]) for c in label])
+    colors = np.array([mpl.colors.to_rgb(_CLASS_COLORS[int(c) % len(_CLASS_COLORS)]) for c in label])
     colors = 1 + (colors - 1) * best.numpy()[:, None]  # from white to the class's colour
     side = math.isqrt(len(mask))
     axis.imshow(colors.reshape(side, side, 3))
@@ -49,23 +56,21 @@ def draw_tokens(axis: Axes, probabilities: Tensor, mask: Tensor) -> None:
         draw_outline(axis, square(mask).numpy(), color=BLACK)
 
 
-# --- token labels ---------------------------------------------------------------------------------
-
-
 @styled
 def token_labels(
     synthetic: SyntheticSet, targets: Mapping[str, Tensor], stats: tuple[Tensor, Tensor], picks: Sequence[int]
 ) -> Figure:
-    """Images with their survivors, and below them each patch's label: name -> (n, N, C) probabilities.
+    """Draw images with their survivors, and below them the labels of their patches.
 
-    Colour and number give the likeliest class, strength of the colour its probability.
+    targets: name -> probabilities (n, N, C). Colour and number give the most probable class, the strength of
+    the colour its probability.
     """
     figure, axes = picture_grid(1 + len(targets), len(picks), cell=1.32, left=0.9)
     for column, pick in enumerate(picks):
         draw_image(axes[0, column], pixels(synthetic.pixels[pick], stats), synthetic.mask[pick])
         axes[0, column].set_title(f"target {int(synthetic.labels[pick])}")
-        for axis, of_tokens in zip(axes[1:, column], targets.values(), strict=True):
-            draw_tokens(axis, of_tokens[pick], synthetic.mask[pick])
+        for axis, probabilities in zip(axes[1:, column], targets.values(), strict=True):
+            _draw_tokens(axis, probabilities[pick], synthetic.mask[pick])
     name_rows(axes, ["image", *targets])
     return figure
 
@@ -78,7 +83,11 @@ def overview(
     scores: Mapping[str, float],
     stats: tuple[Tensor, Tensor],
 ) -> Figure:
-    """The whole way in one picture: shards (K, C), noise to images, token targets (n, N, C), accuracies."""
+    """Draw the whole method in one picture.
+
+    counts (K, C): the clients' images of each class; synthetic: images as they emerge from noise; targets
+    (n, N, C): labels of their patches; scores: test accuracies by name.
+    """
     figure = new_figure(8.6, 5.2)
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.1))
     data, images = top.subfigures(1, 2, width_ratios=(1, 1.6))
@@ -99,7 +108,7 @@ def overview(
     images.suptitle("2  Server: images emerge, low-information patches stop", fontsize=10.5)
     image, tokens = labels.subplots(1, 2)
     draw_image(image, pixels(synthetic.pixels[picks[0]], stats), synthetic.mask[picks[0]])
-    draw_tokens(tokens, targets[picks[0]], synthetic.mask[picks[0]])
+    _draw_tokens(tokens, targets[picks[0]], synthetic.mask[picks[0]])
     image.set_title(f"made for a {int(synthetic.labels[picks[0]])}")
     tokens.set_title("label of each patch")
     labels.suptitle("3  Pseudo-label inside, soft label outside", fontsize=10.5)

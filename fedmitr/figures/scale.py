@@ -1,16 +1,16 @@
-"""The figures of notebook 09: speed over workers, work and memory over clients."""
+"""What grows with workers and with clients: speed, the server's operations and its memory."""
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from .style import BLACK, BLUE, ORANGE, VERMILLION, new_figure, styled
 
-WAYS = (BLACK, ORANGE, BLUE)
+_STYLES = ((BLACK, "o-"), (ORANGE, "s--"), (BLUE, "^-"))  # of the ways to make labels, in order
 
 
 @styled
 def scaling(table: pd.DataFrame) -> Figure:
-    """Seconds and speed-up over workers, as `scale.strong_scaling` measures them; dashed: perfect."""
+    """Draw seconds and speed-up over workers, from `experiments.scaling.strong_scaling`; dashed: perfect."""
     figure = new_figure(8, 3.4)
     time, gain = figure.subplots(1, 2)
     workers, seconds = table["workers"], table["seconds"]
@@ -27,13 +27,16 @@ def scaling(table: pd.DataFrame) -> Figure:
 
 @styled
 def projection(table: pd.DataFrame) -> Figure:
-    """The server's operations and memory over clients, one line a way to make labels (`scale.projection`)."""
+    """Draw the server's operations and memory over clients, one line for each way to make labels.
+
+    table: what `experiments.scaling.projection` returns.
+    """
     figure = new_figure(9, 4.2)
     axes = figure.subplots(1, 2)
-    shapes = dict(zip(table["way"].unique(), zip(WAYS, ("o-", "s--", "^-"), strict=True), strict=True))
+    styles = dict(zip(table["way"].unique(), _STYLES, strict=True))
     for axis, column in zip(axes, ("server, TFLOP", "memory, GB"), strict=True):
         for way, rows in table.groupby("way", sort=False):
-            color, style = shapes[way]
+            color, style = styles[way]
             axis.loglog(rows["clients"], rows[column], style, color=color, ms=4.5, lw=1.4, label=way)
         axis.set(xlabel="clients K", ylabel=column)
         axis.grid(alpha=0.3)

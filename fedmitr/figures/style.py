@@ -1,7 +1,7 @@
-"""What figures share: style, colours, saving, and the parts that several of them draw.
+"""What the figures share: style, colours, saving, and the parts that several modules draw.
 
-A figure's size in inches is the size at which notebooks show it, 96 pixels an inch; no text is below
-9 points there. Colours: Okabe-Ito for kinds, cividis and viridis for amounts, grey for pixels.
+A figure's size in inches is the size at which notebooks show it, 96 pixels an inch; no text is below 9 points
+there. Colours: Okabe-Ito for kinds, cividis and viridis for amounts, grey for pixels.
 """
 
 import io
@@ -20,8 +20,6 @@ from ..core.paths import output_folder
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILLION, PINK = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
-OKABE_ITO = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PINK, YELLOW, BLACK)
-CLASSES = (*OKABE_ITO[:7], "#BBBBBB", "#777777", BLACK)  # label maps print the class as well
 DPI, SHOWN = 150, 96
 STYLE = {
     "font.size": 10,
@@ -41,32 +39,40 @@ styled = mpl.rc_context(STYLE)
 
 
 def show(figure: Figure) -> Image:
-    """The figure as a picture that any reader of a notebook displays."""
+    """Return the figure as a picture that every viewer of notebooks displays."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return Image(buffer.getvalue(), width=round(figure.get_figwidth() * SHOWN))
 
 
 def pixels(images: Tensor, stats: tuple[Tensor, Tensor]) -> np.ndarray:
-    """Normalised images (..., ch, H, W) as brightness in [0, 1]: (..., H, W), or (..., H, W, 3) in colour."""
+    """Return the brightness in [0, 1] of normalised images (..., ch, H, W).
+
+    stats: the mean and std that they were normalised with. The result is (..., H, W) for one channel and
+    (..., H, W, 3) in colour.
+    """
     mean, std = stats
-    bright = (images.detach().cpu() * std + mean).clamp(0, 1)
+    bright = (images.detach().cpu() * std + mean).clamp(0, 1)  # (..., ch, H, W)
     return (bright.squeeze(-3) if bright.shape[-3] == 1 else bright.movedim(-3, -1)).numpy()
 
 
 def square(tokens: Tensor) -> Tensor:
-    """Values of patches (N,) laid out as the square grid they come from."""
+    """Return values of patches (N,) as the square grid (√N, √N) that they come from."""
     return tokens.cpu().view(math.isqrt(len(tokens)), -1)
 
 
 def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of this size in inches."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def picture_grid(
     rows: int, columns: int, cell: float, left: float, right: float = 0.1, head: float = 0.5
 ) -> tuple[Figure, np.ndarray]:
-    """Rows and columns of square pictures, with room for names on the left."""
+    """Return a figure and its axes (rows, columns), all for square pictures of side `cell`.
+
+    left, right, head: margins for the names of rows, a colour bar and titles. All lengths are in inches.
+    """
     figure = new_figure(left + columns * cell + right, rows * cell + head)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -76,18 +82,19 @@ def picture_grid(
 
 
 def bare(axis: Axes) -> None:
-    """No ticks and no frame: the axes of a picture."""
+    """Remove ticks and frame from the axes of a picture."""
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
 
 
 def name_rows(axes: np.ndarray, names: Sequence[str]) -> None:
+    """Write a name to the left of each row of axes."""
     for axis, name in zip(axes[:, 0], names, strict=True):
         axis.set_ylabel(name, rotation=0, ha="right", va="center")
 
 
 def draw_image(axis: Axes, image: np.ndarray, mask: Tensor | None = None) -> None:
-    """A picture of fixed scale; a line around the patches of mask (N,), unless it holds all."""
+    """Draw a picture with values in [0, 1], and a line around the patches of mask (N,) where some are out."""
     axis.imshow(image, cmap="gray", vmin=0, vmax=1)
     bare(axis)
     if mask is not None and not mask.all():
@@ -95,7 +102,10 @@ def draw_image(axis: Axes, image: np.ndarray, mask: Tensor | None = None) -> Non
 
 
 def draw_outline(axis: Axes, inside: np.ndarray, color: str, cell: float = 1.0) -> None:
-    """A line along the border of the true cells of a grid (rows, columns), cells of `cell` axis units."""
+    """Draw a line along the border of the true cells of a grid (rows, columns).
+
+    cell: the side of a cell in units of the axes.
+    """
     framed = np.pad(inside, 1).astype(int)
     lines = [((c, r), (c + 1, r)) for r, c in np.argwhere(np.diff(framed, axis=0)[:, 1:-1])]
     lines += [((c, r), (c, r + 1)) for r, c in np.argwhere(np.diff(framed, axis=1)[1:-1])]
@@ -105,14 +115,17 @@ def draw_outline(axis: Axes, inside: np.ndarray, color: str, cell: float = 1.0) 
 
 
 def write_cells(axis: Axes, values: np.ndarray, texts: Sequence[str], high: float) -> None:
-    """A text in each cell of a heatmap, dark on light and light on dark."""
+    """Write a text into each cell of a heatmap (rows, columns): dark on light cells, light on dark ones.
+
+    high: the value at the light end of the colour scale.
+    """
     for (row, column), text in zip(np.ndindex(values.shape), texts, strict=True):
         color = BLACK if values[row, column] > 0.55 * high else "white"
         axis.text(column, row, text, ha="center", va="center", color=color, fontsize=9)
 
 
 def save(figure: Figure, name: str, profile: str) -> Image:
-    """Write figures/NAME.png (figures/PROFILE/NAME.png but for laptop) and return it for display."""
+    """Write figures/NAME.png into the output folder of a profile, and return it for display."""
     image = show(figure)
     (output_folder("figures", profile) / f"{name}.png").write_bytes(image.data)
     return image

@@ -1,7 +1,7 @@
-"""The interactive views: sliders over the figures of `plots`.
+"""Interactive views: sliders over the figures of this package.
 
-Every view has a static picture beside it in its notebook. Where nobody can move a slider, as when a
-notebook is run to be stored ($FEDMITR_STATIC=1), a line of text stands in for it.
+Every view has a static picture beside it in its notebook. Where nobody can move a slider, as when a notebook
+is run to be stored ($FEDMITR_STATIC=1), a line of text is printed in its place.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,8 +30,8 @@ def shards(
     classes: Sequence[str],
     alphas: Sequence[float] = ALPHAS,
 ) -> None:
-    """α and client sliders over the shard heatmap of the training labels (n,)."""
-    if stands_in():
+    """Show sliders for α and the number of clients over the heatmap of shards of training labels (n,)."""
+    if _replaced_by_text():
         return
 
     def draw(alpha: float, clients: int) -> Figure:
@@ -50,8 +50,8 @@ def shards(
 
 
 def emerging(synthetic: SyntheticSet, stats: tuple[Tensor, Tensor]) -> None:
-    """An iteration slider over the emerging images and the patches that are still alive."""
-    if stands_in():
+    """Show a slider for the iteration over emerging images and the patches that are left."""
+    if _replaced_by_text():
         return
     at = synthetic.history["frame_at"].tolist()
 
@@ -63,15 +63,15 @@ def emerging(synthetic: SyntheticSet, stats: tuple[Tensor, Tensor]) -> None:
     )
 
 
-def stands_in() -> bool:
-    """Print the line that stands in for sliders, where outputs are stored and not watched."""
+def _replaced_by_text() -> bool:
+    """Whether outputs are stored and nobody can move a slider; then a line of text says so."""
     if static():
         print("Sliders appear here in a live kernel; the static picture beside them shows the same.")
     return static()
 
 
 def _interact(draw: Callable[..., Figure], **controls: ipw.Widget) -> None:
-    """Controls over a picture that is drawn anew whenever one of them moves."""
+    """Show controls over a picture that is drawn anew whenever one of them moves."""
 
     def redraw(**values: object) -> None:
         try:

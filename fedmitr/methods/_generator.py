@@ -1,8 +1,7 @@
-"""What the methods with a generator share: the network, its optimiser, losses of several, the rounds."""
+"""What the methods with a generator share: the network, its optimiser, a loss, the rounds."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +19,13 @@ from ..settings.schema import Count, Positive, setting
 from ..upload import Upload
 from ..vision.vit import normalisation
 from ._method import Outcome, Range, Search, Work, find
-from ._student import Student, StudentSettings, Teacher, alternate, portions, stored, student_search
+from ._student import Generation, Student, StudentSettings, alternate, portions, stored, student_search
 
 COARSEST = 8  # largest side of the map that the noise becomes first
 
 
 class GeneratorSettings(StudentSettings):
-    """What every method with a generator has."""
+    """A generator, its rounds, and the student that learns from its images."""
 
     rounds: Count = setting(4, "rounds of generation, then distillation", "DENSE, Co-Boosting: 200")
     generator_steps: Count = setting(15, "optimiser steps of the generator in a round", "DENSE: 30")
@@ -38,7 +37,7 @@ class GeneratorSettings(StudentSettings):
 
 
 def generator_search(block: str) -> Search:
-    """What tuning may try for a generator and its student."""
+    """List what tuning may try for a generator and its student, in a method's block of settings."""
     return {
         **student_search(block),
         f"{block}.lr": Range(5e-4, 2e-2, log=True),
@@ -48,7 +47,7 @@ def generator_search(block: str) -> Search:
 
 
 class Generator(nn.Module):
-    """Noise z (B, latent), and a class (B,) if `conditional`, to images (B, ch, H, W) as the models see them.
+    """A network from noise z (B, latent), and labels (B,) if `conditional`, to images (B, ch, H, W).
 
     As in DENSE and FedFTG: a linear layer to a coarse map, doublings with 3×3 convolutions, batch
     normalisation and LeakyReLU; a sigmoid gives the brightness, which is normalised as for the models.
@@ -61,6 +60,7 @@ class Generator(nn.Module):
         rng: torch.Generator,
         conditional: bool = False,
     ) -> None:
+        """vit: a model that takes these images. rng: fixes the initial weights; torch's own is left alone."""
         super().__init__()
         self.side, width = vit.patch_embed.img_size, settings.width
         doublings = max(0, math.ceil(math.log2(max(self.side) / COARSEST)))
@@ -80,8 +80,9 @@ class Generator(nn.Module):
         self.to(device())
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return normalised images (B, ch, H, W) for noise z (B, latent) and labels (B,)."""
         if self.classes:
-            z = torch.cat([z, F.one_hot(labels, self.classes).to(z)], dim=1)
+            z = torch.cat([z, F.one_hot(labels, self.classes).to(z)], dim=1)  # (B, latent + C)
         brightness = self.body(self.start(z).view(len(z), -1, *self.coarse)).sigmoid()
         brightness = brightness[..., : self.side[0], : self.side[1]]
         return (brightness - self.mean) / self.std
@@ -96,12 +97,12 @@ def _convolution(channels: int, out: int) -> list[nn.Module]:
 
 
 def make_adam(parameters, settings: GeneratorSettings) -> torch.optim.Adam:
-    """Adam as in DENSE: betas 0.5 and 0.999."""
+    """Make Adam with DENSE's betas, 0.5 and 0.999."""
     return torch.optim.Adam(parameters, settings.lr, betas=(0.5, 0.999))
 
 
 def take_step(optimizer: torch.optim.Optimizer, loss: Tensor, generator: Generator) -> None:
-    """One step of the generator, its gradient clipped at norm 10 as in DENSE's code."""
+    """Take one step of the generator, its gradient clipped at norm 10 as in DENSE's code."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(generator.parameters(), 10.0)
@@ -109,13 +110,13 @@ def take_step(optimizer: torch.optim.Optimizer, loss: Tensor, generator: Generat
 
 
 def divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
-    """T²·KL(teacher ‖ student) of each image (B,), from logits or log-probabilities (B, C)."""
+    """Compute T²·KL(teacher ‖ student) of each image (B,), from logits or log-probabilities (B, C)."""
     p, q = ((x / temperature).log_softmax(dim=-1) for x in (teacher, student))
     return temperature**2 * F.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1)
 
 
 def noise(count: int, settings: GeneratorSettings, rng: torch.Generator) -> Tensor:
-    """z ~ N(0, I) (count, latent), drawn on the CPU and moved."""
+    """Draw z ~ N(0, I), (count, latent), on the CPU, and move it to the device."""
     return torch.randn(count, settings.latent, generator=rng).to(device())
 
 
@@ -130,9 +131,9 @@ def learned_batch(
     rng: torch.Generator,
     progress: Callable[[int], object],
 ) -> Tensor:
-    """Images (B, ch, H, W) for labels (B,): a fresh generator and its noise, both fitted to this batch.
+    """Make images (B, ch, H, W) for labels (B,): fit a fresh generator and its noise to this batch.
 
-    The best iterate by loss is returned, as DENSE and Co-Boosting do.
+    Returns the iterate of least loss, as DENSE and Co-Boosting do. progress is called with 1 after each step.
     """
     generator = Generator(student, settings, rng)
     z = noise(len(labels), settings, rng).requires_grad_(True)
@@ -153,45 +154,33 @@ def learned_batch(
 
 
 def budget(settings: Settings, own: GeneratorSettings) -> tuple[int, int]:
-    """Synthetic images and student steps of a method: everyone's, or those of its own block."""
+    """Return a method's synthetic images and student steps: everyone's, or those of its own block."""
     if settings.budget == "equal":
         return settings.inversion.images, settings.distill.steps
     return own.images, own.student_steps
 
 
 def generator_work(settings: Settings, own: GeneratorSettings) -> Work:
-    """The passes through models that a method with a generator takes."""
+    """Return the passes through models that a method with a generator takes."""
     images, steps = budget(settings, own)
+    rounds = min(own.rounds, images)
     return Work(
         images=images,
-        generator_steps=own.rounds * own.generator_steps,
-        generator_batch=getattr(own, "batch_size", settings.distill.batch_size),
+        generator_steps=rounds * own.generator_steps,
+        generator_batch=getattr(own, "batch_size", math.ceil(images / rounds)),  # else all of a round
         student_steps=steps,
         calibrate=own.calibrate,
     )
 
 
-@dataclass(frozen=True)
-class Generation:
-    """How a method makes its images, and who labels them.
-
-    make(r) gives the images (n, ch, H, W) of round r and their labels (n,). teacher: the ensemble by default.
-    before_learning(r) is called when these images are in the pool.
-    """
-
-    make: Callable[[int], tuple[Tensor, Tensor]]
-    teacher: Teacher | None = None
-    before_learning: Callable[[int], object] | None = None
-
-
-# From the student, the images of each round, a random stream and a progress callback.
+# student, number of images of each round, random stream, progress callback -> how images are made
 Begin = Callable[[Student, Sequence[int], torch.Generator, Callable[[int], object]], Generation]
 
 
 def distil_generated(
     method: str, uploads: Sequence[Upload], settings: Settings, store: Store, begin: Begin
 ) -> Outcome:
-    """Uploads to one global model by rounds of generation and distillation; from the store where it is there.
+    """Turn uploads into one global model by rounds of generation and distillation, or take it from the store.
 
     begin is called once, before the first round, with the student, the number of images of each round, the
     method's random stream, and what it must call with 1 after each step of its generator.
@@ -205,16 +194,7 @@ def distil_generated(
         rounds = min(own.rounds, images)
         with progress(rounds * own.generator_steps + steps, find(method).label, "step") as bar:
             generation = begin(student, portions(images, rounds), rng, bar.update)
-            return alternate(
-                student,
-                lambda index: [generation.make(index)],
-                steps,
-                rounds,
-                stage="generation",
-                progress=bar.update,
-                teacher=generation.teacher,
-                before_learning=generation.before_learning,
-            )
+            return alternate(student, generation, steps, rounds, stage="generation", progress=bar.update)
 
     return stored(method, uploads, settings, store, make)
 
@@ -222,6 +202,6 @@ def distil_generated(
 def balanced_targets(
     uploads: Sequence[Upload], counts: Sequence[int], rng: torch.Generator
 ) -> tuple[Tensor, ...]:
-    """Target labels of each round, counts[r] of them, balanced over the classes that some client holds."""
+    """Draw the target labels of each round, (counts[r],), balanced over the classes that clients hold."""
     held = held_classes(uploads)
     return held[balanced_labels(sum(counts), len(held), rng)].split(list(counts))

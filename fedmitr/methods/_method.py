@@ -1,13 +1,13 @@
 """The record of a method: everything that the rest of the package knows of it, in one place.
 
 The command line, the checks before a run, the tables, the figures, the Flower app, the plan of `--dry-run`
-and tuning read these records. So a new method is its own file and one line in `methods/__init__.py`, or one
-call of `register` in a notebook.
+and tuning read these records. So a new method is a file of its own and one line in `methods/__init__.py`, or
+one call of `register` in a notebook.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -20,17 +20,17 @@ from ..settings.schema import InversionSettings
 from ..upload import Upload
 
 Family = Literal["average", "statistics", "synthetic images", "fusion", "reference"]
-FAMILIES: tuple[Family, ...] = ("average", "statistics", "synthetic images", "fusion", "reference")
+FAMILIES: tuple[Family, ...] = get_args(Family)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method leaves behind, and what it cost: the same account for all methods.
+    """What a method leaves behind and what it cost, in the same terms for all methods.
 
-    models: one global model, or one per client (`local`). seconds: the server's, by stage, as measured when
-    the stage was computed. synthetic: the images that the student learned from, student_steps: its optimiser
-    steps. exchanges: how often clients and server exchanged messages. Bytes up and down; None stands for one
-    upload from each client, and the shared model to each.
+    models: one global model, or one per client (`local`). seconds: the server's, by stage, measured when the
+    stage was computed. synthetic: the images that the student learned from; student_steps: its optimiser
+    steps. exchanges: how often clients and server exchanged messages. uplink_bytes, downlink_bytes: of all
+    messages together; None where every client sends one upload, and receives the shared model.
     """
 
     models: list[nn.Module]
@@ -46,11 +46,12 @@ class Outcome:
 class Work:
     """What a method's server computes, as passes through models; `evaluation.plan` says what they cost.
 
-    images: synthetic images in all. inversion: the settings they are inverted with, None where they are not;
-    student_inverted: the student's forward and backward pass is part of every iteration. generator_steps:
-    optimiser steps of a generator in all, each on generator_batch images that every client and the student
-    see. student_steps: optimiser steps of distillation, 0 where nothing is distilled. calibrate: the penalty
-    of class offsets, 0 where none are fitted. group: clients distilled together first, None for all at once.
+    images: synthetic images in all. inversion: the settings that they are inverted with, None where none
+    are; student_inverted: the student's forward and backward pass is part of every iteration.
+    generator_steps: optimiser steps of a generator in all, each on generator_batch images that pass through
+    every client and the student. student_steps: optimiser steps of distillation, 0 where nothing is
+    distilled. calibrate: the penalty of class offsets, 0 where none are fitted. group: clients that are
+    distilled together first, None for all at once.
     """
 
     images: int = 0
@@ -65,35 +66,44 @@ class Work:
 
 @dataclass(frozen=True)
 class Range:
-    """Values that tuning may try for a number, from low to high, both included; log: by their logarithm."""
+    """Values that tuning may try for a number: low to high, both included; log: on a logarithmic scale."""
 
     low: float
     high: float
     log: bool = False
 
 
-Search = Mapping[str, Range | Sequence[Any]]
+Search = Mapping[str, Range | Sequence[Any]]  # dotted setting -> what tuning may try
 Run = Callable[[Sequence[Upload], Settings, Store], Outcome]
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method of the comparison.
+    """One method of the comparison. Only `name` and `run` are needed; the rest has defaults.
 
-    name: in settings, tables and on the command line. run: uploads, settings and store to an `Outcome`.
-    label: as its paper spells it; by default the name. family: what the method makes of the uploads.
-    citation: where it is from.
+    What it is:
+        name: a Python name; it is used in settings, in tables and on the command line.
+        run: the function from uploads, settings and store to an `Outcome`.
+        label: the name as its paper spells it; by default `name`.
+        family: what it makes of the uploads, one of `FAMILIES`.
+        citation: where it was published; empty for a reference.
 
-    settings: its own block, which then is part of every run under the method's name. search: dotted setting
-    -> the `Range`, or the values, that tuning may try. work: what its server computes under given settings;
-    None stands for distillation with everybody's budget in the family "synthetic images", else for nothing.
+    How it is set and what it computes:
+        settings: its own block of settings, which every run then has under the method's name.
+        search: dotted setting -> the `Range`, or the values, that tuning may try.
+        work: what its server computes under given settings. By default `inversion.images` images and
+            `distill.steps` student steps in the family "synthetic images", nothing in the others.
 
-    given: what `run` gets in place of uploads where it is not them: "clients" for a method of several
-    exchanges (`fusefl.Client`), "central" for the one upload of a client that holds all data. needs_counts:
-    every upload must carry its class histogram. averages: weights or blocks of clients are averaged, so all
-    must have one architecture; with start, only where `distill.start` is "average". single_model: whether it
-    leaves one model; else every prediction runs all clients' blocks. sends: whether anything is sent at all.
-    exchanges: how often; a dotted setting where it depends on settings.
+    What it needs of clients:
+        given: what `run` gets: "uploads"; "clients" for a method of several exchanges (`fusefl.Client`);
+            "central" for the one upload of a client that holds all data.
+        needs_counts: whether every upload must carry its class histogram.
+        averages: whether weights or blocks of clients are averaged, so that all need one architecture.
+
+    What is sent and what it leaves:
+        single_model: whether a prediction runs one model; else it runs the models of all clients.
+        sends: whether clients send anything.
+        exchanges: how often messages are exchanged; a dotted setting where it depends on settings.
     """
 
     name: str
@@ -112,11 +122,6 @@ class Method:
     exchanges: int | str = 1
 
     def __post_init__(self) -> None:
-        """Raises BadInput for a name that is no Python name or one of a block, and for an unknown family."""
-        if not self.name.isidentifier():
-            raise BadInput(f"method={self.name!r} is no name: allowed are letters, digits and _")
-        if self.family not in FAMILIES:
-            raise BadInput(f"family={self.family!r} is unknown: allowed are {', '.join(FAMILIES)}")
         if not self.label:
             object.__setattr__(self, "label", self.name)
 
@@ -134,12 +139,8 @@ class Method:
         """Whether it distils a student on synthetic images."""
         return self.family == "synthetic images"
 
-    def own(self, settings: Settings) -> SettingsBlock | None:
-        """Its own block in the settings of a run; None where it has none."""
-        return getattr(settings, self.name) if self.settings else None
-
     def work_under(self, settings: Settings) -> Work:
-        """What its server computes under these settings."""
+        """Return what its server computes under these settings."""
         if self.work:
             return self.work(settings)
         if self.distils:
@@ -147,7 +148,7 @@ class Method:
         return Work()
 
     def exchanges_under(self, settings: Settings) -> int:
-        """How often clients and server exchange messages under these settings."""
+        """Return how often clients and server exchange messages under these settings."""
         if isinstance(self.exchanges, int):
             return self.exchanges
         block, name = self.exchanges.split(".")
@@ -159,50 +160,65 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
-STAGES = frozenset(Settings.model_fields)  # the blocks that are no method's own
+TAKEN = frozenset(Settings.model_fields) | frozenset(dir(Settings))  # no name of a method's own block
 
 
 def register(*methods: Method) -> None:
     """Make methods known to the whole package and its workers; one of a known name takes its place.
 
-    Raises BadInput for a name that is a block of settings already.
+    Raises BadInput, before any is known, for a name that is no Python name, for one with a block of settings
+    that `Settings` uses already, and for an unknown family.
     """
     add(*methods)
     in_workers(add, *methods)
 
 
 def add(*methods: Method) -> None:
-    """Make methods known in this process."""
+    """Make methods known in this process, as `register` does."""
+    for method in methods:
+        _check(method)
     for method in methods:
         block, known = method.settings, Settings.model_fields.get(method.name)
-        if block and method.name in STAGES:
-            raise BadInput(f"method={method.name!r} is the name of a block of settings: choose another")
         METHODS[method.name] = method
         if block and (known is None or known.annotation is not block):
             add_block(method.name, block)
 
 
+def _check(method: Method) -> None:
+    name, family = method.name, method.family
+    if not name.isidentifier() or name.startswith("_"):
+        raise BadInput(f"method={name!r} is no name: allowed are letters, digits and _, a letter first")
+    if method.settings and name in TAKEN:
+        raise BadInput(f"method={name!r} is a name that settings have already: choose another")
+    if family not in FAMILIES:
+        raise BadInput(f"family={family!r} of method={name!r} is unknown: allowed are {', '.join(FAMILIES)}")
+
+
 def find(name: str) -> Method:
-    """The record of a method; BadInput for an unknown name."""
+    """Return the record of a method; BadInput for an unknown name."""
     if name not in METHODS:
         raise BadInput(f"method={name!r} is unknown: allowed are {', '.join(METHODS)}")
     return METHODS[name]
 
 
 def described(name: str) -> Method:
-    """The record of a method; for a name in a table that is not registered here, one with the defaults."""
-    return METHODS.get(name) or Method(name, run=find)
+    """Return the record of a method, or one with the defaults for a name in a table from elsewhere."""
+    return METHODS.get(name) or Method(name, run=lambda *_: find(name))  # to run it is refused
 
 
 def in_order(names: Iterable[str]) -> list[str]:
     """Sort methods as tables show them: family by family, each in the order of registration."""
     known = list(METHODS)
-    place = {name: known.index(name) if name in METHODS else len(known) for name in names}
-    return sorted(place, key=lambda name: (FAMILIES.index(described(name).family), place[name]))
+
+    def rank(name: str) -> tuple[int, int]:
+        registered = known.index(name) if name in METHODS else len(known)
+        return FAMILIES.index(described(name).family), registered
+
+    return sorted(dict.fromkeys(names), key=rank)
 
 
 def check_methods(names: Iterable[str], settings: Settings) -> None:
-    """BadInput for an unknown method, and for one that needs clients of one architecture but has several."""
+    """Raise BadInput for an unknown method, and for one that needs one architecture where clients differ."""
     methods = [find(name) for name in names]
     if not settings.mixed:
         return

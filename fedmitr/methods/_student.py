@@ -1,7 +1,8 @@
-"""What the methods that distil share: the student, its pool of images, its rounds, the stored outcome."""
+"""What the methods that distil share: the student, its pool of images, the rounds, the stored outcome."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,14 +27,14 @@ from ..vision.vit import create_vit, weights_digest
 from ._method import Outcome, Range, Search
 from .fedavg import average_weights
 
-# FedMITR's own settings in the `distill` block; every other method has its own, or no use for them.
+# Settings of the `distill` block that FedMITR alone reads: other methods have their own, or no use for them.
 FEDMITR_ALONE = {"lr", "ce_weight", "calibrate", "token_weight", "per_class", "group"}
 CE_WEIGHT = "weight of the cross-entropy of CLS to the images' labels, in distillation"
 CALIBRATE = "penalty λ of class offsets fitted to the images' labels before each round; 0: none"
 
 
 class StudentSettings(SettingsBlock):
-    """The student of a method that distils, FedMITR aside."""
+    """The student of a method that distils; FedMITR's is set by the `distill` block."""
 
     student_lr: Positive = setting(3e-4, "peak learning rate of its student")
     ce_weight: NotNegative = setting(0.0, CE_WEIGHT)
@@ -41,7 +42,7 @@ class StudentSettings(SettingsBlock):
 
 
 def student_search(block: str) -> Search:
-    """What tuning may try for the student of a method with this block of settings."""
+    """List what tuning may try for the student of a method with this block of settings."""
     return {
         f"{block}.student_lr": Range(1e-4, 2e-3, log=True),
         f"{block}.ce_weight": (0.0, 0.1, 0.25, 0.5, 1.0),
@@ -55,7 +56,7 @@ Teacher = Callable[[Tensor, Tensor], Tensor]  # clients' logits (K, B, C) and la
 
 
 def global_shape(uploads: Sequence[Upload], settings: Settings) -> ModelShape:
-    """The global model's shape: `model.name`, for the images and classes of the uploads."""
+    """Return the global model's shape: `model.name`, for the images and classes of the uploads."""
     return uploads[0].shape.model_copy(update={"name": settings.model.name})
 
 
@@ -65,7 +66,7 @@ def build_ensemble(uploads: Sequence[Upload], settings: Settings) -> Ensemble:
 
 
 def student_start(uploads: Sequence[Upload], settings: Settings) -> VisionTransformer:
-    """The student before distillation: the shared initial model, or the average of the clients."""
+    """Make the student as it is before distillation: the shared initial model, or the clients' average."""
     shape, model = global_shape(uploads, settings), settings.model
     if settings.distill.start == "average":
         vit = shape.build()
@@ -86,24 +87,20 @@ class Student:
     """A student that learns, round by round, from a growing pool of images that the clients labelled.
 
     The pool keeps every client's logits for each view, so that a teacher whose weights change, or that
-    depends on the wanted label, costs no new forward passes.
+    depends on the target label, costs no new forward passes. change(ensemble, views), where it is set,
+    changes views (B, ch, H, W) when they are drawn, before any model is shown them.
     """
 
-    def __init__(
-        self,
-        uploads: Sequence[Upload],
-        settings: Settings,
-        method: str,
-        steps: int,
-        change: Callable[[Ensemble, Tensor], Tensor] | None = None,
-    ) -> None:
-        """steps: of all rounds; change(ensemble, views): changes views before they are seen."""
+    change: Callable[[Ensemble, Tensor], Tensor] | None = None
+
+    def __init__(self, uploads: Sequence[Upload], settings: Settings, method: str, steps: int) -> None:
+        """steps: of all rounds together. The method's own block is read where it has `StudentSettings`."""
         self.ensemble = build_ensemble(uploads, settings)
         self.vit = student_start(uploads, settings)
-        own = getattr(settings, method, None)  # a method of your own may have none
+        own = getattr(settings, method, None)
         own = own if isinstance(own, StudentSettings) else StudentSettings()
         self.settings = settings.distill.model_copy(update={"ce_weight": own.ce_weight, "lr": own.student_lr})
-        self.calibrate, self.change = own.calibrate, change
+        self.calibrate = own.calibrate
         self.optimizer, self.schedule = student_optimizer(self.vit, self.settings, steps)
         self.rng = make_rng(settings.seed, method, "distill")
         self.parts: list[SyntheticSet] = []
@@ -115,19 +112,20 @@ class Student:
         return self.vit.eval().requires_grad_(False)
 
     def logits(self, images: Tensor) -> Tensor:
-        """The frozen student's class logits (B, C) of images (B, ch, H, W), at the ensemble's precision."""
+        """Compute the frozen student's logits (B, C) of images (B, ch, H, W), at the ensemble's precision."""
         return self.ensemble.opponent_logits(self.frozen, *kept_patches(self.vit, images))
 
     def by_ensemble(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Log-probabilities (B, C) of the ensemble from its clients' logits (K, B, C): the usual teacher."""
+        """Combine clients' logits (K, B, C) to the ensemble's log-probabilities (B, C): the usual teacher."""
         return self.ensemble.combine(logits)
 
     @property
     def images(self) -> SyntheticSet:
+        """All images of the pool, in the order in which they were added."""
         return SyntheticSet.concat(self.parts)
 
     def add(self, images: Tensor, labels: Tensor) -> None:
-        """Put images (n, ch, H, W) made for labels (n,) into the pool, and have the clients see them."""
+        """Put images (n, ch, H, W) made for labels (n,) into the pool; the clients label their views."""
         part = whole_images(self.vit, images, labels)
         self.parts.append(part)
         if self.settings.views:
@@ -135,7 +133,7 @@ class Student:
             self.views.append(self._draw(draw, len(part), self.settings.views))
 
     def pool(self) -> Batch:
-        """All stored views (V, ch, H, W), their labels (V,) and the clients' logits (V, K, C).
+        """Return all stored views (V, ch, H, W), their labels (V,) and the clients' logits (V, K, C).
 
         With distill.views=0 nothing is stored, and one new view of each image is drawn.
         """
@@ -144,25 +142,27 @@ class Student:
         return tuple(map(torch.cat, zip(*self.views, strict=True)))
 
     def learn(self, steps: int, teacher: Teacher, progress: Callable[[int], object] | None = None) -> None:
-        """Distil for some steps on random batches of the whole pool, labelled by `teacher`."""
+        """Distil for some steps on random batches of the whole pool, labelled by `teacher`.
+
+        progress is called with 1 after each step. Raises BadInput when the student diverged.
+        """
         if self.settings.views:
             pool = self.pool()
             draw, count = rows_of(pool), len(pool[0])
         else:
             draw, count = partial(self._view, self.images), len(self.images)
-
         offset = self._offset(teacher) if self.calibrate else None
 
         def batches() -> Iterator[Batch]:
             for pick in islice(epochs(count, self.settings.batch_size, self.rng), steps):
-                images, labels, logits = draw(pick)
-                target = teacher(logits.transpose(0, 1), labels)
+                images, labels, logits = draw(pick)  # logits (B, K, C)
+                target = teacher(logits.transpose(0, 1), labels)  # (B, C)
                 yield images, target if offset is None else (target + offset).log_softmax(-1), labels, None
 
         train_student(self.vit, batches(), self.optimizer, self.schedule, self.settings, NO_TOKENS, progress)
 
     def _offset(self, teacher: Teacher) -> Tensor:
-        """Class offsets (C,) that fit the teacher to the labels of the pool; no pixels are kept for it."""
+        """Fit class offsets (C,) of the teacher to the labels of the pool; no pixels are kept for it."""
         if self.settings.views:
             labels, logits = map(torch.cat, list(zip(*self.views, strict=True))[1:])
         else:
@@ -173,61 +173,73 @@ class Student:
         return draw_views(fresh, count, views, self.rng, images_at_once(self.vit))
 
     def _view(self, images: SyntheticSet, pick: Tensor) -> Batch:
-        seen = view(self.vit, images, pick, self.settings, self.rng)[0]
-        seen = self.change(self.ensemble, seen) if self.change else seen
+        """Draw a view of each image in pick (B,): pixels, labels (B,) and the clients' logits (B, K, C)."""
+        views = view(self.vit, images, pick, self.settings, self.rng)[0]
+        views = self.change(self.ensemble, views) if self.change else views
         with torch.no_grad():
-            return seen, images.labels[pick], self.ensemble.logits(seen).transpose(0, 1)
+            return views, images.labels[pick], self.ensemble.logits(views).transpose(0, 1)
 
 
 def whole_images(vit: VisionTransformer, images: Tensor, labels: Tensor) -> SyntheticSet:
-    """Generated images as a synthetic set in which every patch counts."""
+    """Return generated images as a synthetic set in which every patch counts."""
     count = vit.patch_embed.num_patches
     mask = torch.ones(len(images), count, dtype=torch.bool, device=images.device)
     return SyntheticSet(images, labels, mask, torch.zeros(len(images), device=images.device))
 
 
 def portions(total: int, parts: int) -> list[int]:
-    """total in `parts` whole numbers that differ by at most one."""
+    """Split total into `parts` whole numbers that differ by at most one."""
     return [total * (i + 1) // parts - total * i // parts for i in range(parts)]
 
 
-Images = Iterable[tuple[Tensor, Tensor]]  # batches of images (n, ch, H, W) with labels (n,)
+Images = Sequence[tuple[Tensor, Tensor]]  # batches of images (n, ch, H, W) with labels (n,)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How a method makes its images, and who labels them.
+
+    make(r): the images of round r. teacher: the ensemble by default. before_learning(r): called when the
+    images of round r are in the pool.
+    """
+
+    make: Callable[[int], Images]
+    teacher: Teacher | None = None
+    before_learning: Callable[[int], object] | None = None
 
 
 def alternate(
     student: Student,
-    make: Callable[[int], Images],
+    generation: Generation,
     steps: int,
     rounds: int,
     *,
     stage: str,
     progress: Callable[[int], object],
-    teacher: Teacher | None = None,
-    before_learning: Callable[[int], object] | None = None,
 ) -> Outcome:
-    """Make images, then distil on all of them so far, round after round.
+    """Make images, then distil on all of them so far, round after round; return the student's outcome.
 
-    make(r) gives the images of round r. steps: of the student in all, shared equally by the rounds. stage:
-    the name under which the time of `make` is kept. teacher: the ensemble by default. before_learning(r) is
-    called when the images of round r are in the pool. progress is called with 1 after each student step.
+    steps: of the student in all, shared equally by the rounds. stage: the name under which the seconds of
+    making images are kept. progress is called with 1 after each student step.
     """
+    teacher = generation.teacher or student.by_ensemble
     seconds: dict[str, float] = {}
     for index, share in enumerate(portions(steps, rounds)):
         with timed(seconds, stage):
-            made = list(make(index))
+            made = generation.make(index)
         with timed(seconds, "distillation"):
             for images, labels in made:
                 student.add(images, labels)
-            if before_learning:
-                before_learning(index)
-            student.learn(share, teacher or student.by_ensemble, progress)
+            if generation.before_learning:
+                generation.before_learning(index)
+            student.learn(share, teacher, progress)
     return Outcome([student.vit], seconds, student.images, steps)
 
 
 def stored(
     method: str, uploads: Sequence[Upload], settings: Settings, store: Store, make: Callable[[], Outcome]
 ) -> Outcome:
-    """A method's one student from the store, or made and kept with its images and its account."""
+    """Take a method's student from the store, with its images and account; else make and keep them."""
     blocks = [getattr(settings, b).model_dump() for b in ("ensemble", "inversion", method)]
     blocks.append(settings.distill.model_dump(exclude=FEDMITR_ALONE))
     shared = [weights_digest(settings.model), settings.budget, settings.seed]

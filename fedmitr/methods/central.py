@@ -1,4 +1,4 @@
-"""All data in one place: the upper bound, and the one entry that is not federated."""
+"""All data in one place: the upper bound, and the only entry that is not federated."""
 
 from collections.abc import Sequence
 

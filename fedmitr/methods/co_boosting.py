@@ -30,7 +30,6 @@ from ..settings import Settings
 from ..settings.schema import NotNegative, Share, setting
 from ..upload import Upload
 from ._generator import (
-    Generation,
     balanced_targets,
     distil_generated,
     divergence,
@@ -39,7 +38,7 @@ from ._generator import (
     learned_batch,
 )
 from ._method import Method, Outcome
-from ._student import CALIBRATE, CE_WEIGHT, Student
+from ._student import CALIBRATE, CE_WEIGHT, Generation, Images, Student
 from .dense import DenseSettings
 
 ODS_TEMPERATURE = 4.0  # of the prediction that the perturbation moves, as published
@@ -60,7 +59,7 @@ class CoBoostingSettings(DenseSettings):
 
 
 def co_boosting(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
-    """Uploads to one global model, by rounds of generation, reweighting and distillation."""
+    """Turn uploads into one global model, by rounds of generation, reweighting and distillation."""
     return distil_generated("co_boosting", uploads, settings, store, partial(_begin, uploads, settings))
 
 
@@ -79,9 +78,9 @@ def _begin(
     targets = balanced_targets(uploads, counts, rng)
     loss = partial(generator_loss, teacher, student.logits, own)
 
-    def make(index: int) -> tuple[Tensor, Tensor]:
-        labels = targets[index].to(device())
-        return learned_batch(student.vit, labels, loss, own, rng, progress), labels
+    def make(index: int) -> Images:
+        labels = targets[index].to(device())  # (n,)
+        return [(learned_batch(student.vit, labels, loss, own, rng, progress), labels)]
 
     def boost(index: int) -> None:
         rate = own.weight_step * own.weight_decay**index
@@ -97,43 +96,49 @@ def generator_loss(
     images: Tensor,
     labels: Tensor,
 ) -> Tensor:
-    """Hard-sample-weighted cross-entropy less λ·mean T²·KL(A_w ‖ student)."""
-    teacher, student_logits = ensemble(images), student(images)
+    """Compute the hard-sample loss less λ·mean T²·KL(A_w ‖ student) (equation 1 above).
+
+    student: a function from images (B, ch, H, W) to logits (B, C); labels (B,).
+    """
+    teacher, student_logits = ensemble(images), student(images)  # (B, C) each
     gap = divergence(teacher, student_logits, settings.temperature).mean()
     return hard_loss(teacher, labels, settings.hardness) - settings.disagreement * gap
 
 
 def hard_loss(log_probs: Tensor, labels: Tensor, hardness: float) -> Tensor:
-    """Mean of (1 − p_y)^h·CE: samples the ensemble finds easy count little; the factor has no gradient."""
+    """Compute the mean of (1 − p_y)^h·CE, in which easy samples count little; the factor has no gradient.
+
+    log_probs (B, C) of the ensemble; labels (B,).
+    """
     loss = F.nll_loss(log_probs, labels, reduction="none")
     return ((1 - (-loss.detach()).exp()) ** hardness * loss).mean()
 
 
 def perturb(ensemble: Ensemble, images: Tensor, settings: CoBoostingSettings, rng: torch.Generator) -> Tensor:
-    """Images (B, ch, H, W) moved by ε, of full brightness, where the ensemble's output changes most.
+    """Move images (B, ch, H, W) by ε, of full brightness, where the ensemble's output changes most.
 
-    The output is weighed by a random direction, so that the moved samples differ (Tashiro et al. 2020).
+    The output is weighted by a random direction, so that the moved samples differ (Tashiro et al. 2020).
     """
     if not settings.perturbation:
         return images
     scale = ensemble.stats[1].to(images)  # std of the pixels: ε is in full brightness
     images = images.detach().requires_grad_(True)
-    probabilities = (ensemble(images) / ODS_TEMPERATURE).softmax(dim=1)
-    direction = 2 * torch.rand(probabilities.shape, generator=rng) - 1
+    probabilities = (ensemble(images) / ODS_TEMPERATURE).softmax(dim=1)  # (B, C)
+    direction = 2 * torch.rand(probabilities.shape, generator=rng) - 1  # u ~ U(−1, 1)
     (gradient,) = torch.autograd.grad((direction.to(probabilities) * probabilities).sum(), images)
     return (images + settings.perturbation / scale * gradient.sign()).detach()
 
 
 def reweigh(weights: Tensor, student: Student, rate: float, batch_size: int, rng: torch.Generator) -> Tensor:
-    """The ensemble's weights after one signed step per batch of the pool."""
-    _, labels, logits = student.pool()
+    """Return the ensemble's weights after one signed step for each batch of the pool."""
+    _, labels, logits = student.pool()  # (V,), (V, K, C)
     for pick in epochs(len(labels), batch_size, rng, times=1):
         weights = weight_step(weights, logits[pick].transpose(0, 1), labels[pick], rate)
     return weights
 
 
 def weight_step(weights: Tensor, logits: Tensor, labels: Tensor, rate: float) -> Tensor:
-    """w ← clip(w − rate·sign ∂CE(A_w, y)/∂w, 0, 1); weights (K, 1) or (K, C), logits (K, B, C)."""
+    """Return clip(w − rate·sign ∂CE(A_w, y)/∂w, 0, 1) for weights (K, 1) or (K, C) and logits (K, B, C)."""
     weights = weights.detach().requires_grad_(True)
     loss = F.nll_loss(combine(logits, weights, MODE), labels)
     (gradient,) = torch.autograd.grad(loss, weights)

@@ -1,9 +1,9 @@
 """DENSE (Zhang et al., NeurIPS 2022): a generator finds images on which student and ensemble disagree.
 
-Generation, for a batch of classes y and the ensemble A:
+Generation, for a batch of labels y and the ensemble A:
 
     min over generator and noise   CE(A(x), y) + λ1·L_BN − λ2·mean ω·KL(A(x)^(1/T) ‖ student(x)^(1/T)),
-    ω = 1 where the two name different classes (images at the boundary), else 0
+    ω = 1 where the two predict different classes (images at the boundary), else 0
 
 then distillation of A on all images made so far; the two alternate. Published: 200 rounds of 30
 generator steps on 128 images, Adam 1e-3, T = 3, a generator started anew in every round (values of
@@ -30,7 +30,6 @@ from ..settings import Settings
 from ..settings.schema import NotNegative, Positive, setting
 from ..upload import Upload
 from ._generator import (
-    Generation,
     GeneratorSettings,
     balanced_targets,
     distil_generated,
@@ -40,7 +39,7 @@ from ._generator import (
     learned_batch,
 )
 from ._method import Method, Outcome, Range
-from ._student import CALIBRATE, CE_WEIGHT, Student
+from ._student import CALIBRATE, CE_WEIGHT, Generation, Images, Student
 
 
 class DenseSettings(GeneratorSettings):
@@ -55,7 +54,7 @@ class DenseSettings(GeneratorSettings):
 
 
 def dense(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
-    """Uploads to one global model, by rounds of generation and distillation."""
+    """Turn uploads into one global model, by rounds of generation and distillation."""
     return distil_generated("dense", uploads, settings, store, partial(_begin, uploads, settings.dense))
 
 
@@ -70,9 +69,9 @@ def _begin(
     targets = balanced_targets(uploads, counts, rng)
     loss = partial(generator_loss, student.ensemble, student.logits, own)
 
-    def make(index: int) -> tuple[Tensor, Tensor]:
-        labels = targets[index].to(device())
-        return learned_batch(student.vit, labels, loss, own, rng, progress), labels
+    def make(index: int) -> Images:
+        labels = targets[index].to(device())  # (n,)
+        return [(learned_batch(student.vit, labels, loss, own, rng, progress), labels)]
 
     return Generation(make)
 
@@ -84,9 +83,12 @@ def generator_loss(
     images: Tensor,
     labels: Tensor,
 ) -> Tensor:
-    """CE(A(x), y) − λ·mean ω·T²·KL(A ‖ student), ω the images on which the two differ."""
+    """Compute CE(A(x), y) − λ·mean ω·T²·KL(A ‖ student), ω = 1 for images on which the two differ.
+
+    student: a function from images (B, ch, H, W) to logits (B, C); labels (B,).
+    """
     teacher, student_logits = ensemble(images), student(images)  # (B, C) each
-    differ = (teacher.argmax(1) != student_logits.argmax(1)).to(teacher)  # (B,)
+    differ = (teacher.argmax(1) != student_logits.argmax(1)).to(teacher)  # ω (B,)
     boundary = (differ * divergence(teacher, student_logits, settings.temperature)).mean()
     return F.nll_loss(teacher, labels) - settings.disagreement * boundary
 

@@ -1,4 +1,4 @@
-"""All uploads together: an upper bound for what distils them, and no single model."""
+"""All uploads as an ensemble: the teacher of the methods that distil, and no single model."""
 
 from collections.abc import Sequence
 

@@ -1,7 +1,7 @@
 """F-ADI: Adaptive DeepInversion (Yin et al., CVPR 2020) with the ensemble as its teacher.
 
 Noise is optimised into images of given classes, all patches to the end, on which the student so far
-still differs from the ensemble:
+still differs from the ensemble A:
 
     min_x   CE(A(x), y) + a_tv·TV(x) + a_l2·‖x‖² + a_c·(1 − JS(A(x), student(x)))
 
@@ -12,12 +12,13 @@ statistics of batch normalisation.
 What a ViT changes: it has no batch normalisation, so that term is absent. Optimiser, views and priors
 are those of the `inversion` block, the same as FedMITR's, without its stops; so the difference between
 the two is what sparsity, token labels and the competition are worth. As every patch is carried to the
-end, fewer iterations cost as much as FedMITR's. With `inversion.teacher=owners`, A in both terms is the
-one client that the image is asked of, as in FedMITR.
+end, fewer iterations cost as much as FedMITR's. With `inversion.teacher=owners`, A in both terms is one
+client for each image, drawn by its share of the image's class, as in FedMITR.
 """
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 
 from ..core.machine import device
 from ..core.progress import progress
@@ -33,10 +34,12 @@ from ._method import Method, Outcome, Work
 from ._student import (
     CALIBRATE,
     CE_WEIGHT,
+    Generation,
     Images,
     Student,
     StudentSettings,
     alternate,
+    portions,
     stored,
     student_search,
 )
@@ -57,12 +60,12 @@ class FadiSettings(StudentSettings):
 
 
 def fadi(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
-    """Uploads to one global model, by rounds of dense inversion and distillation."""
+    """Turn uploads into one global model, by rounds of dense inversion and distillation."""
     return stored("fadi", uploads, settings, store, partial(_rounds, uploads, settings))
 
 
 def dense_inversion(settings: Settings) -> InversionSettings:
-    """The run's inversion without stops, for F-ADI's own number of iterations."""
+    """Return the run's inversion settings without stops, for F-ADI's own number of iterations."""
     own = {"stop_at": (), "stop_ratio": (), "iterations": settings.fadi.iterations}
     return settings.inversion.model_copy(update=own)
 
@@ -70,14 +73,15 @@ def dense_inversion(settings: Settings) -> InversionSettings:
 def _rounds(uploads: Sequence[Upload], settings: Settings) -> Outcome:
     own, dense, steps = settings.fadi, dense_inversion(settings), settings.distill.steps
     student = Student(uploads, settings, "fadi", steps)
-    batches = list(enumerate(label_batches(dense, held_classes(uploads), settings.seed)))
-    rounds = min(own.rounds, len(batches))
-    shares = shared_out(batches, rounds)
+    batches = label_batches(dense, held_classes(uploads), settings.seed)
+    rounds, numbered = min(own.rounds, len(batches)), iter(enumerate(batches))
+    sizes = sorted(portions(len(batches), rounds), reverse=True)
+    shares = [list(islice(numbered, size)) for size in sizes]  # consecutive batches, one list a round
     with progress(len(batches) * dense.iterations + steps, "F-ADI", "step") as bar:
 
         def make(index: int) -> Images:
-            for batch, labels in shares[index]:
-                made = invert(
+            made = [
+                invert(
                     student.ensemble,
                     labels.to(device()),
                     dense,
@@ -87,19 +91,11 @@ def _rounds(uploads: Sequence[Upload], settings: Settings) -> Outcome:
                     recorded=0,
                     progress=bar.update,
                 )
-                yield made.pixels, made.labels
+                for batch, labels in shares[index]
+            ]
+            return [(part.pixels, part.labels) for part in made]
 
-        return alternate(student, make, steps, rounds, stage="inversion", progress=bar.update)
-
-
-def shared_out(batches: list, rounds: int) -> list[list]:
-    """Batches in consecutive parts, one a round, as equal as can be, larger first."""
-    parts = []
-    for left in range(rounds, 0, -1):
-        size = -(-len(batches) // left)
-        parts.append(batches[:size])
-        batches = batches[size:]
-    return parts
+        return alternate(student, Generation(make), steps, rounds, stage="inversion", progress=bar.update)
 
 
 METHOD = Method(

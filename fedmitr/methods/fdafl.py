@@ -1,7 +1,7 @@
 """F-DAFL: data-free learning of students (Chen et al., ICCV 2019) with the ensemble as its teacher.
 
-The generator sees noise only; its images x should be recognised as some class, excite the teacher's
-features f, and show all classes alike (the ensemble A stands for the one teacher):
+The generator is given noise alone. Its images x should be recognised as some class, excite the teacher's
+features f, and be predicted as all classes alike; the teacher is the ensemble A:
 
     min over generator   CE(A(x), argmax A(x)) − α·mean|f(x)| − β·H(mean A(x))
 
@@ -11,7 +11,7 @@ the student on fresh images in every step.
 What changes here: the generator is trained in rounds, after each of which it adds its share of the
 synthetic images to the pool, so that the budget is that of every other method. f is a ViT's input to
 the classifier; layer normalisation fixes its scale, so the activation term says much less than for a
-CNN. The entropy is in nats. Images are balanced by it alone: nobody asks for a class.
+CNN. The entropy is in nats. It alone balances the images: none is made for a target label.
 """
 
 import math
@@ -30,7 +30,6 @@ from ..settings.schema import Count, NotNegative, setting
 from ..upload import Upload
 from ..vision.tokens import patch_features, read_by_head
 from ._generator import (
-    Generation,
     Generator,
     GeneratorSettings,
     distil_generated,
@@ -41,7 +40,7 @@ from ._generator import (
     take_step,
 )
 from ._method import Method, Outcome
-from ._student import Student
+from ._student import Generation, Images, Student
 
 
 class FdaflSettings(GeneratorSettings):
@@ -53,7 +52,7 @@ class FdaflSettings(GeneratorSettings):
 
 
 def fdafl(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
-    """Uploads to one global model, by rounds of generation and distillation."""
+    """Turn uploads into one global model, by rounds of generation and distillation."""
     return distil_generated("fdafl", uploads, settings, store, partial(_begin, settings.fdafl))
 
 
@@ -67,36 +66,36 @@ def _begin(
     generator = Generator(student.vit, own, rng)
     optimizer = make_adam(generator.parameters(), own)
 
-    def make(index: int) -> tuple[Tensor, Tensor]:
+    def make(index: int) -> Images:
         for _ in range(own.generator_steps):
             images = generator(noise(own.batch_size, own, rng))  # (B, ch, H, W)
             take_step(optimizer, generator_loss(*excite(student.ensemble, images), own), generator)
             progress(1)
         with torch.no_grad():
             images = generator(noise(counts[index], own, rng))
-            return images, student.ensemble(images).argmax(1)
+            return [(images, student.ensemble(images).argmax(1))]
 
     return Generation(make)
 
 
 def excite(ensemble: Ensemble, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The ensemble's log-probabilities (B, C), and all clients' features before the head, in one row."""
+    """Compute the ensemble's log-probabilities (B, C) and all clients' features before the head, flat."""
 
-    def before_head(k: int, patches: Tensor, position: Tensor) -> Tensor:
-        member, seen = ensemble.members[k], ensemble.seen_by(k, patches, position)
-        return member.forward_head(patch_features(member, *seen, read_by_head(member)), pre_logits=True)
+    def before_head(k: int, patches: Tensor, positions: Tensor) -> Tensor:
+        member, own = ensemble.members[k], ensemble.patches_for(k, patches, positions)
+        return member.forward_head(patch_features(member, *own, read_by_head(member)), pre_logits=True)
 
     with autocast(ensemble.precision):
-        features = ensemble.each(before_head, *ensemble.cut(images))
-        logits = [m.head(f) for m, f in zip(ensemble.members, features, strict=True)]
-    in_a_row = torch.cat([f.flatten() for f in features])  # clients' widths may differ
-    return ensemble.combine(torch.stack(logits).to(images)), in_a_row.to(images)
+        features = ensemble.map_members(before_head, *ensemble.cut(images))
+        logits = [m.head(f) for m, f in zip(ensemble.members, features, strict=True)]  # K of (B, C)
+    flat = torch.cat([f.flatten() for f in features])  # clients' widths may differ
+    return ensemble.combine(torch.stack(logits).to(images)), flat.to(images)
 
 
 def generator_loss(log_probs: Tensor, features: Tensor, settings: FdaflSettings) -> Tensor:
-    """One-hot loss − α·mean|f| − β·entropy of the mean prediction (nats)."""
+    """Compute CE(A, argmax A) − α·mean|f| − β·H(mean A), with log A = log_probs (B, C), H in nats."""
     one_hot = F.nll_loss(log_probs, log_probs.argmax(1))
-    mean = (log_probs.logsumexp(0) - math.log(len(log_probs))).clamp(min=-1e3)  # its log, never -inf
+    mean = (log_probs.logsumexp(0) - math.log(len(log_probs))).clamp(min=-1e3)  # log, never -inf: (C,)
     entropy = -(mean.exp() * mean).sum()
     return one_hot - settings.activation * features.abs().mean() - settings.entropy * entropy
 

@@ -4,13 +4,13 @@ With p_k the softmax of client k, q the student's, and client k's weight for cla
 α_k^y = c_k[y] / Σ_j c_j[y]:
 
     L_md(x, y)  = Σ_k α_k^y·KL(p_k(x) ‖ q(x))                 how far the student is from the clients
-    L_cls(x, y) = Σ_k α_k^y·CE(p_k(x), y)                     is it a y for those who know y
-    L_dis       = exp(−mean_ij ‖z_i − z_j‖·‖x_i − x_j‖)       do other z give other images
+    L_cls(x, y) = Σ_k α_k^y·CE(p_k(x), y)                     whether clients that hold y predict y
+    L_dis       = exp(−mean_ij ‖z_i − z_j‖·‖x_i − x_j‖)       whether other z give other images
     min over student, max over generator   L_md − λ_cls·L_cls − λ_dis·L_dis,   labels y ~ Σ_k c_k
 
 Its four parts are here: the student starts at the average and is trained against the generator (hard
 samples mined by the max), labels are drawn by the clients' histograms, and the teacher of an image made
-for y weighs the clients by α^y. So every upload carries its class histogram. Published: λ_cls = λ_dis
+for y weights the clients by α^y. So every upload carries its class histogram. Published: λ_cls = λ_dis
 = 1, ten alternations of 1 generator and 5 student steps on batches of 50, in each of 1,000 exchanges.
 
 What changes here: one exchange, and no batch normalisation in a ViT (nor does FedFTG need any). The
@@ -34,7 +34,6 @@ from ..settings import Settings
 from ..settings.schema import Count, NotNegative, Positive, setting
 from ..upload import Upload
 from ._generator import (
-    Generation,
     Generator,
     GeneratorSettings,
     distil_generated,
@@ -45,7 +44,7 @@ from ._generator import (
     take_step,
 )
 from ._method import Method, Outcome
-from ._student import Student
+from ._student import Generation, Images, Student
 
 
 class FedftgSettings(GeneratorSettings):
@@ -58,8 +57,8 @@ class FedftgSettings(GeneratorSettings):
 
 
 def fedftg(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
-    """Uploads, with their class histograms, to one global model."""
-    histograms(uploads)  # BadInput where one lacks it, before any work
+    """Turn uploads, with their class histograms, into one global model; BadInput where one lacks its own."""
+    histograms(uploads)  # before any work
     return distil_generated("fedftg", uploads, settings, store, partial(_begin, uploads, settings.fedftg))
 
 
@@ -75,7 +74,7 @@ def _begin(
     generator = Generator(student.vit, own, rng, conditional=True)
     optimizer = make_adam(generator.parameters(), own)
 
-    def make(index: int) -> tuple[Tensor, Tensor]:
+    def make(index: int) -> Images:
         for _ in range(own.generator_steps):
             z, labels = noise(own.batch_size, own, rng), sample_labels(totals, own.batch_size, rng)
             images = generator(z, labels)  # (B, ch, H, W)
@@ -85,37 +84,38 @@ def _begin(
             progress(1)
         labels = sample_labels(totals, counts[index], rng)
         with torch.no_grad():
-            return generator(noise(counts[index], own, rng), labels), labels
+            return [(generator(noise(counts[index], own, rng), labels), labels)]
 
     return Generation(make, teacher=partial(class_ensemble, known=known))
 
 
 def sample_labels(totals: Tensor, count: int, rng: torch.Generator) -> Tensor:
-    """Labels (count,) drawn in proportion to the classes that all clients hold together, totals (C,)."""
+    """Draw labels (count,) in proportion to the images of each class that all clients hold, totals (C,)."""
     return torch.multinomial(totals, count, replacement=True, generator=rng).to(device())
 
 
 def class_ensemble(logits: Tensor, labels: Tensor, known: Tensor) -> Tensor:
-    """Log-probabilities (B, C) of Σ_k α_k^y p_k; logits (K, B, C), labels y (B,), known α (K, C)."""
+    """Compute log Σ_k α_k^y p_k, (B, C), from logits (K, B, C), labels y (B,) and known = α (K, C)."""
     return torch.logsumexp(logits.log_softmax(dim=-1) + known[:, labels, None].log(), dim=0)
 
 
 def generator_loss(
     logits: Tensor, student_logits: Tensor, labels: Tensor, known: Tensor, settings: FedftgSettings
 ) -> Tensor:
-    """λ_cls·L_cls − L_md, means over the batch; logits (K, B, C), student_logits (B, C)."""
-    client_log_probs, weights = logits.log_softmax(dim=-1), known[:, labels]
+    """Compute λ_cls·L_cls − L_md, means over the batch; logits (K, B, C), student_logits (B, C)."""
+    client_log_probs, weights = logits.log_softmax(dim=-1), known[:, labels]  # (K, B, C), α^y (K, B)
+    # KL(p_k ‖ q) (K, B)
     apart = (client_log_probs.exp() * (client_log_probs - student_logits.log_softmax(dim=-1))).sum(dim=-1)
-    right = F.nll_loss(client_log_probs.flatten(0, 1), labels.repeat(len(logits)), reduction="none")
-    classification = (weights * right.view_as(weights)).sum(0).mean()
+    wrong = F.nll_loss(client_log_probs.flatten(0, 1), labels.repeat(len(logits)), reduction="none")  # (K·B,)
+    classification = (weights * wrong.view_as(weights)).sum(0).mean()
     return settings.classification * classification - (weights * apart).sum(0).mean()
 
 
 def likeness(z: Tensor, images: Tensor) -> Tensor:
-    """exp(−mean_ij ‖z_i − z_j‖²·‖x_i − x_j‖₁): 1 where all images are one, less the more they differ."""
-    noise_distances = torch.cdist(z, z).square() / z.shape[1]
+    """Compute exp(−mean_ij ‖z_i − z_j‖²·‖x_i − x_j‖₁): 1 for equal images, less the more they differ."""
+    noise_distances = torch.cdist(z, z).square() / z.shape[1]  # (B, B)
     flat = images.flatten(1)
-    image_distances = torch.cdist(flat, flat, p=1) / flat.shape[1]
+    image_distances = torch.cdist(flat, flat, p=1) / flat.shape[1]  # (B, B)
     return (-noise_distances * image_distances).mean().exp()
 
 

@@ -29,9 +29,9 @@ from ._student import build_ensemble, global_shape, student_start
 
 
 def fedmitr(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
-    """Uploads to one global model: invert, relabel, distil; each stage kept in the store.
+    """Turn uploads into one global model: invert, relabel, distil; each stage is kept in the store.
 
-    With `distill.group` groups of clients come first: each is made one upload, and these are the clients.
+    With `distill.group`, groups of clients are distilled first, and their models take the clients' place.
     """
     before: dict[str, float] = {}
     if settings.distill.group:
@@ -49,10 +49,10 @@ def fedmitr(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outc
 def in_groups(
     uploads: Sequence[Upload], settings: Settings, store: Store
 ) -> tuple[list[Upload], dict[str, float]]:
-    """Each group of `distill.group` clients, in their order, as the one upload of its global model; seconds.
+    """Distil each group of `distill.group` consecutive clients; return one upload a group, and the seconds.
 
-    One ensemble is of one group's models alone, and groups are independent of each other. What the group's
-    clients hold, n_k and c_k, is summed. A single group, or one with a single client, is left as it is.
+    An ensemble then holds the models of one group, and groups are independent of each other. The upload of a
+    group has the sums of its clients' n_k and c_k. A single group, or one of a single client, stays as it is.
     """
     size = settings.distill.group
     if len(uploads) <= size:
@@ -75,7 +75,7 @@ def in_groups(
 
 
 def add_up(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Seconds of every stage, summed."""
+    """Sum the seconds of every stage."""
     total: dict[str, float] = {}
     for part in parts:
         for stage, value in part.items():
@@ -84,7 +84,7 @@ def add_up(parts: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def inversion_keys(uploads: Sequence[Upload], settings: Settings) -> list[str]:
-    """The address of every batch of synthetic images."""
+    """Return the store's key of every batch of synthetic images."""
     made_by = [[u.digest for u in uploads], settings.ensemble.model_dump(), settings.inversion.model_dump()]
     if any(u.shape.name != settings.model.name for u in uploads):
         made_by.append(settings.model.name)  # the student's, on whose patch grid images and masks lie
@@ -114,7 +114,7 @@ def synthetic_set(
 def _batch(
     uploads: Sequence[Upload], settings: Settings, store: Store, index: int, key: str, bar: tqdm
 ) -> SyntheticSet:
-    """One batch of synthetic images, from the store or inverted now."""
+    """Take one batch of synthetic images from the store, or invert it now; bar counts its iterations."""
     before = bar.n
 
     def make() -> SyntheticSet:
@@ -137,13 +137,14 @@ def _batch(
 def _invert_apart(
     uploads: Sequence[Upload], settings: Settings, store: Store, batch: tuple[int, str]
 ) -> None:
+    """Invert one batch in a worker process."""
     torch.set_num_threads(settings.threads)
     with progress(settings.inversion.iterations, "inversion", "it") as bar:
         _batch(uploads, settings, store, *batch, bar)
 
 
 def distill_key(uploads: Sequence[Upload], settings: Settings) -> str:
-    """The address of the distilled global model."""
+    """Return the store's key of the distilled global model."""
     how = [settings.relabel.model_dump(), settings.distill.model_dump(), weights_digest(settings.model)]
     return fingerprint("global", inversion_keys(uploads, settings), how, settings.seed)
 

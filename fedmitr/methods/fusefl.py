@@ -41,7 +41,7 @@ from ._method import Method, Outcome
 
 
 class Client(Protocol):
-    """All that the server may ask of a client: arrays in, arrays out, and what an upload's card says."""
+    """All that the server knows of a client: what an upload's card says, and arrays in, arrays out."""
 
     client: int
     size: int
@@ -49,16 +49,20 @@ class Client(Protocol):
     class_counts: tuple[int, ...] | None
 
     def train_stage(self, stage: int, received: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Train a stage on the fused one before it (`Fused.part`; nothing at first); its arrays."""
+        """Train a stage on top of the fused stages before it, and return its arrays.
+
+        received: the arrays of the fused stage before it (`FusedStages.part`); empty for the first stage.
+        """
         ...
 
 
 def fusefl(clients: Sequence[Client], settings: Settings, store: Store) -> Outcome:
-    """Train and fuse stage by stage: the one method that exchanges several messages with its clients.
+    """Train and fuse stage by stage, in one exchange of messages for each stage.
 
     seconds are the server's own; the clients keep theirs. Bytes up: every stage's message, and each
     client's card once. Bytes down: the shared model, then every fused stage but the last, to every
-    client. Raises BadInput for no clients, mixed shapes, more stages than blocks and a spoilt message.
+    client. Raises BadInput for no clients, several architectures, more stages than blocks, and a message
+    whose arrays are not those of its stage.
     """
     check_same_shape(clients)
     counted, stages = settings.ensemble.mode == "class", settings.fusefl.stages
@@ -88,7 +92,7 @@ def stage_message(client: Client, stage: int, received: dict[str, Tensor], fused
 
 
 def card_bytes(client: Client, counted: bool) -> int:
-    """Bytes of what a client says of itself, once: an upload's card, with c_k only where it is asked for."""
+    """Count the bytes of a client's card, with its class histogram c_k only where `counted`."""
     counts = client.class_counts if counted else None
     card = Card(client=client.client, size=client.size, shape=client.shape, class_counts=counts)
     return len(card.model_dump_json().encode())

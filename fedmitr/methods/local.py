@@ -1,4 +1,4 @@
-"""The clients alone: what each would have without any federation."""
+"""Local training alone: what each client has without any federation."""
 
 from collections.abc import Sequence
 

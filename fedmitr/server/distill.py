@@ -1,4 +1,4 @@
-"""Distillation: synthetic images, labels and token labels in, one global model out (method step 5)."""
+"""Distillation: synthetic images, their labels and token labels in, one global model out (method step 5)."""
 
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -15,17 +15,17 @@ from ..core.optimizers import make_optimizer, make_schedule
 from ..core.rng import make_rng
 from ..settings.schema import DistillSettings, RelabelSettings
 from ..vision.tokens import forward_tokens, image_logits, images_at_once, images_in_training
-from .ensemble import Ensemble
+from .ensemble import CombinedModels
 from .relabel import background_labels, soft_token_labels, tempered, token_targets
 from .synthetic import SyntheticSet
 from .views import Batch, draw_views, epochs, rows_of, view
 
-FIT_VIEWS = 4  # views of each image that calibration sees
+FIT_VIEWS = 4  # views of each image to which calibration is fitted
 
 
 def distill(
     student: VisionTransformer,
-    ensemble: Ensemble,
+    ensemble: CombinedModels,
     synthetic: SyntheticSet,
     settings: DistillSettings,
     relabel: RelabelSettings,
@@ -33,59 +33,59 @@ def distill(
     *,
     progress: Callable[[int], object] | None = None,
 ) -> VisionTransformer:
-    """Train the student, in place, on random views of the synthetic set; returned in evaluation mode.
+    """Train the student, in place, on random views of the synthetic set; return it in evaluation mode.
 
-    With `settings.calibrate` the ensemble that labels them is `calibrated` first. progress is called with
-    1 after each step.
+    With `settings.calibrate` the ensemble that labels the views is `calibrated` first. progress is called
+    with 1 after each step.
     """
     rng = make_rng(seed, "distill")
     optimizer, schedule = student_optimizer(student, settings)
     if settings.calibrate:
         ensemble = calibrated(ensemble, student, synthetic, settings, seed)
-    of_background = None
+    background = None  # (n, C)
     if relabel.source == "background_cls":
-        of_background = background_labels(ensemble, synthetic, relabel.temperature)
+        background = background_labels(ensemble, synthetic, relabel.temperature)
 
-    def fresh(pick: Tensor) -> Batch:
+    def labelled_view(pick: Tensor) -> Batch:
         images, mask = view(student, synthetic, pick, settings, rng)
         labels, teacher = synthetic.labels[pick], ensemble.drawn(settings.per_class, rng)
-        background = None if of_background is None else of_background[pick]
-        teacher, soft = soft_token_labels(teacher, images, background, relabel)
-        return images, teacher, labels, token_targets(labels, mask, soft, relabel)
+        own_background = None if background is None else background[pick]
+        log_probs, soft = soft_token_labels(teacher, images, own_background, relabel)
+        return images, log_probs, labels, token_targets(labels, mask, soft, relabel)
 
-    draw, count = fresh, len(synthetic)
+    draw, count = labelled_view, len(synthetic)
     if settings.views:  # the teacher, K forwards an image, labels every view once
-        pool = draw_views(fresh, count, settings.views, rng, images_at_once(student))
+        pool = draw_views(labelled_view, count, settings.views, rng, images_at_once(student))
         draw, count = rows_of(pool), len(pool[0])
     batches = map(draw, islice(epochs(count, settings.batch_size, rng), settings.steps))
     return train_student(student, batches, optimizer, schedule, settings, relabel, progress)
 
 
 def calibrated(
-    ensemble: Ensemble,
+    ensemble: CombinedModels,
     student: VisionTransformer,
     synthetic: SyntheticSet,
     settings: DistillSettings,
     seed: int,
-) -> Ensemble:
-    """The ensemble with class offsets fitted to the labels of views of the synthetic set (`fit_offset`).
+) -> CombinedModels:
+    """Return the ensemble with class offsets fitted to labelled views of the synthetic set (`fit_offset`).
 
-    It says something where an image's label does not come from the ensemble itself: with
-    inversion.teacher=owners, from the one client that knows the class.
+    This helps where the images' labels do not come from the ensemble itself: with inversion.teacher=owners
+    they come from the one client that knows the class.
     """
     rng = make_rng(seed, "calibration")
 
-    def labelled(pick: Tensor) -> Batch:
+    def predicted_view(pick: Tensor) -> Batch:
         images = view(student, synthetic, pick, settings, rng)[0]
         with torch.no_grad():
             return ensemble.drawn(settings.per_class, rng)(images), synthetic.labels[pick]
 
-    views = draw_views(labelled, len(synthetic), FIT_VIEWS, rng, images_at_once(student))
+    views = draw_views(predicted_view, len(synthetic), FIT_VIEWS, rng, images_at_once(student))
     return ensemble.calibrated(ensemble.offset + fit_offset(*views, settings.calibrate))
 
 
 def student_optimizer(student: VisionTransformer, settings: DistillSettings, steps: int | None = None):
-    """AdamW on all of the student and its one-cycle schedule over `steps`, default settings.steps."""
+    """Return AdamW on all of the student, and its one-cycle schedule over `steps`, default settings.steps."""
     student.requires_grad_(True)
     optimizer = make_optimizer(student, "adamw", settings.lr, settings.weight_decay)
     return optimizer, make_schedule(optimizer, "one_cycle", steps or settings.steps)
@@ -100,14 +100,15 @@ def train_student(
     relabel: RelabelSettings,
     progress: Callable[[int], object] | None = None,
 ) -> VisionTransformer:
-    """One step on each batch: images, teacher's log-probabilities, labels, token targets.
+    """Take one step on each batch: images, teacher's log-probabilities, labels, token targets.
 
-    Returns the student in evaluation mode. Raises BadInput when it diverged.
+    Returns the student in evaluation mode. Raises BadInput when it diverged. progress is called with 1 after
+    each step.
     """
     student.train().requires_grad_(True)
-    for images, teacher, labels, tokens in batches:
+    for batch in batches:
         optimizer.zero_grad(set_to_none=True)
-        take_gradients(student, (images, teacher, labels, tokens), settings, relabel)
+        add_gradients(student, batch, settings, relabel)
         clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -121,12 +122,12 @@ def train_student(
     return student.eval()
 
 
-def take_gradients(
+def add_gradients(
     student: VisionTransformer, batch: Batch, settings: DistillSettings, relabel: RelabelSettings
 ) -> None:
-    """Add the gradients of the batch's loss, a mean over images, with few large images held at a time.
+    """Add the gradients of the batch's loss, a mean over images, to those of the student.
 
-    A GPU, which is made for large batches, sees all at once.
+    On a CPU `images_in_training` images are forwarded at a time, to bound memory; on a GPU all at once.
     """
     count = len(batch[0])
     few = count if batch[0].is_cuda else images_in_training(student)
@@ -145,32 +146,32 @@ def distill_loss(
     settings: DistillSettings,
     relabel: RelabelSettings,
 ) -> Tensor:
-    """T²·KL(A^0 ‖ z^0) + λ_ce·CE(z^0, y) + λ_tok·(1/N) Σ_i CE(z^i, ℓ_i).
+    """Compute T²·KL(A^0 ‖ z^0) + λ_ce·CE(z^0, y) + λ_tok·(1/N) Σ_i CE(z^i, ℓ_i), a mean over images.
 
-    images (B, ch, H, W); teacher log-probabilities (B, C); labels (B,); token targets (B, N, C).
+    images (B, ch, H, W); teacher: log-probabilities A^0 (B, C); labels y (B,); tokens: targets ℓ (B, N, C).
     """
     use_tokens = settings.token_weight > 0 and relabel.mode != "none"
     with autocast(settings.precision):
         if use_tokens:
-            of_cls, of_tokens = forward_tokens(student, images)
+            cls_logits, token_logits = forward_tokens(student, images)  # z^0 (B, C), z^i (B, N, C)
         else:
-            of_cls, of_tokens = image_logits(student, images), None
-    heat, of_cls = settings.temperature, of_cls.to(images)
+            cls_logits, token_logits = image_logits(student, images), None
+    heat, cls_logits = settings.temperature, cls_logits.to(images)
     target = tempered(teacher, heat)
-    loss = heat**2 * F.kl_div(F.log_softmax(of_cls / heat, dim=-1), target, reduction="batchmean")
+    loss = heat**2 * F.kl_div(F.log_softmax(cls_logits / heat, dim=-1), target, reduction="batchmean")
     if settings.ce_weight:
-        loss = loss + settings.ce_weight * F.cross_entropy(of_cls, labels)
+        loss = loss + settings.ce_weight * F.cross_entropy(cls_logits, labels)
     if use_tokens:
-        of_tokens = of_tokens.to(images).flatten(0, 1)
-        loss = loss + settings.token_weight * F.cross_entropy(of_tokens, tokens.flatten(0, 1))
+        token_logits = token_logits.to(images).flatten(0, 1)  # (B·N, C)
+        loss = loss + settings.token_weight * F.cross_entropy(token_logits, tokens.flatten(0, 1))
     return loss
 
 
 def fit_offset(log_probs: Tensor, labels: Tensor, penalty: float) -> Tensor:
-    """Class offsets o (C,) = argmin mean CE(log p + o, y) + λ |o|² for log p (n, C) and labels (n,).
+    """Return class offsets o (C,) = argmin_o mean CE(log p + o, y) + λ |o|² for log p (n, C), labels y (n,).
 
-    Vector scaling (Guo et al. 2017) by its bias alone: clients were trained apart, so that the logits of
-    their classes stand on different levels. Convex; in double precision.
+    Vector scaling (Guo et al. 2017) with its bias alone: clients were trained apart, so their classes'
+    logits differ in level. The problem is convex; it is solved by L-BFGS in double precision.
     """
     log_probs = log_probs.detach().double()
     offset = torch.zeros(log_probs.shape[1], dtype=torch.double, device=log_probs.device, requires_grad=True)

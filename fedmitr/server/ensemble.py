@@ -1,7 +1,6 @@
-"""Many uploads seen as one teacher A(x) (method step 2)."""
+"""The uploads as one teacher A(x), or one client for each image of a batch (method step 2)."""
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -15,158 +14,160 @@ from ..core.machine import autocast, compiled, uses_bf16
 from ..core.rng import make_rng
 from ..settings.schema import EnsembleSettings
 from ..upload import Upload, check_same_images
-from ..vision.patches import PatchGrid, Seen, cut_patches, regrid, regrid_importance, regrid_tokens
+from ..vision.patches import PatchGrid, cut_patches, regrid, regrid_importance, regrid_tokens
 from ..vision.tokens import MODELS_AT_ONCE, class_logits, forward_tokens, images_at_once, patch_importance
 from ..vision.vit import normalisation
 
 ON_LOGITS = ("mean_logits", "class")  # the other modes combine probabilities
 
 
-class Ensemble(nn.Module):
-    """K frozen uploaded models and the weights that combine them.
+class CombinedModels(nn.Module):
+    """K frozen models and the weights that combine them into one teacher A(x).
 
     weights is (K, 1), or (K, C) when each class has its own; columns sum to one. shares (K, C) is each
-    client's share of every class, None where an upload does not say. The modes are
-    `mean_probs` and `mean_logits` (1/K each), `size` (n_k / n, on probabilities) and `class`
-    (c_k[y] / Σ_j c_j[y], on logits: who has seen a class decides on it; FedFTG, Zhang et al. 2022).
-    offset (C,) is added to the log-probabilities of all; zero unless the ensemble is calibrated.
+    client's share of every class, None where an upload does not say. offset (C,) is added to the
+    log-probabilities. stats are the mean and standard deviation of the pixels that the models are given.
 
-    Members may be any ViTs that see images of one size. Patches, positions and masks are those of one grid,
-    `grid`: of the model `like`, by default the first member; a member with other patches cuts its own.
+    Members may be any ViTs for images of one size. Patches, their positions and masks are those of one
+    grid, `grid`; a member with other patches cuts its own (`grids`). The models are shared, never copied.
     """
 
     def __init__(
         self,
-        uploads: Sequence[Upload],
-        settings: EnsembleSettings | None = None,
-        like: VisionTransformer | None = None,
+        members: Iterable[VisionTransformer],
+        weights: Tensor,
+        shares: Tensor | None,
+        offset: Tensor,
+        *,
+        mode: str,
+        precision: str,
+        grid: PatchGrid,
+        stats: tuple[Tensor, Tensor],
+        class_logits: Callable[..., Tensor],
     ) -> None:
+        """Take mode and precision as in `EnsembleSettings`; class_logits may be the compiled function."""
         super().__init__()
-        check_same_images(uploads)
-        settings = settings or EnsembleSettings()
-        self.mode, self.precision = settings.mode, settings.precision
-        self.class_logits = compiled(class_logits) if settings.compile else class_logits
-        self.members = nn.ModuleList(u.vit(share=True) for u in uploads)
-        self.grids = [PatchGrid.of(m) for m in self.members]
-        self.grid = PatchGrid.of(like) if like else self.grids[0]
-        self.stats = normalisation(like or self.members[0])  # of the pixels that are shown to it
-        if uses_bf16(self.precision):  # once, instead of at every product: autocast keeps no frozen weights
-            for layer in filter(lambda m: isinstance(m, nn.Linear), self.members.modules()):
-                layer.to(torch.bfloat16)
-        self.register_buffer("weights", client_weights(uploads, self.mode))
-        known = all(u.class_counts is not None for u in uploads)
-        self.register_buffer("shares", class_weights(uploads) if known else None)
-        self.register_buffer("offset", torch.zeros(uploads[0].shape.num_classes))
-        self.num_classes = uploads[0].shape.num_classes
+        self.members = nn.ModuleList(members)
+        self.register_buffer("weights", weights)
+        self.register_buffer("shares", shares)
+        self.register_buffer("offset", offset)
+        self.mode, self.precision, self.class_logits = mode, precision, class_logits
+        self.grid, self.stats, self.num_classes = grid, stats, len(offset)
+        self.grids = [PatchGrid.of(member) for member in self.members]
 
     def forward(self, images: Tensor, keep: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-        """Log-probabilities (B, C) of images (B, ch, H, W), seen on the kept patches (B, M) alone."""
+        """Return log-probabilities (B, C) of images (B, ch, H, W), from the kept patches (B, M) alone."""
         return self.combine(self.logits(images, keep), temperature)
 
     def logits(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Every client's class logits (K, B, C), not yet combined."""
-        few = len(images) if images.requires_grad else self._at_once(len(images))
+        """Return every member's class logits (K, B, C), not yet combined."""
+        few = len(images) if images.requires_grad else self._batch_size(len(images))
         starts = range(0, max(1, len(images)), few)
         parts = [
-            self._logits(*self.cut(images[i : i + few], None if keep is None else keep[i : i + few]))
+            self._patch_logits(*self.cut(images[i : i + few], None if keep is None else keep[i : i + few]))
             for i in starts
         ]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
-    def _at_once(self, count: int) -> int:
-        """Of `count` images how many to show to all members together: of many members few."""
-        return count if len(self.members) <= MODELS_AT_ONCE else min(count, images_at_once(self))
-
-    def cut(self, images: Tensor, keep: Tensor | None = None) -> Seen:
-        """The kept patches of images, as `vit.kept_patches` has them, on the ensemble's grid."""
-        return cut_patches(images, self.grid.patch, keep)
-
-    def forward_patches(self, patches: Tensor, position: Tensor) -> Tensor:
-        """Log-probabilities (B, C) of patches (B, M, ch·p·p) at grid positions (B, M), or (1, M) for all."""
-        return self.combine(self._logits(patches, position))
-
-    def opponent_logits(self, model: VisionTransformer, patches: Tensor, position: Tensor) -> Tensor:
-        """Class logits (B, C) of a model on the ensemble's grid that is no member, at its precision."""
-        with autocast(self.precision):
-            return self.class_logits(model, patches, position).to(patches)
-
-    def _logits(self, patches: Tensor, position: Tensor) -> Tensor:
-        with autocast(self.precision):
-            each = self.each(self.logits_of, patches, position)
-        return torch.stack([logits.to(patches) for logits in each])
-
-    def each(self, look: Callable[..., Tensor], patches: Tensor, position: Tensor) -> list[Tensor]:
-        """look(k, patches, position) of every member k.
-
-        Of many members a backward pass holds the activations of one, computed again when its turn comes.
-        """
-        if len(self.members) <= MODELS_AT_ONCE or not patches.requires_grad:
-            return [look(k, patches, position) for k in range(len(self.members))]
-        again = partial(checkpoint, look, use_reentrant=False, preserve_rng_state=False)
-        return [again(k, patches, position) for k in range(len(self.members))]
-
-    def seen_by(self, k: int, patches: Tensor, position: Tensor) -> Seen:
-        """Patches and positions as member k cuts them."""
-        other = self.grids[k]
-        return (patches, position) if other == self.grid else regrid(patches, position, self.grid, other)
-
-    def logits_of(self, k: int, patches: Tensor, position: Tensor) -> Tensor:
-        """Class logits (B, C) of member k."""
-        return self.class_logits(self.members[k], *self.seen_by(k, patches, position))
-
-    def importance_of(self, k: int, patches: Tensor, position: Tensor) -> Tensor:
-        """CLS attention (B, M) of member k to the patches."""
-        own_patches, seen = self.seen_by(k, patches, position)
-        attention = patch_importance(self.members[k], own_patches, seen)
-        if self.grids[k] == self.grid:
-            return attention
-        return regrid_importance(attention, seen, self.grids[k], position, self.grid)
-
-    def tokens_of(self, k: int, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits (B, C) of member k, and its token logits (B, N, C) on the ensemble's grid."""
-        of_cls, of_tokens = forward_tokens(self.members[k], images)
-        if self.grids[k] == self.grid:
-            return of_cls, of_tokens
-        return of_cls, regrid_tokens(of_tokens, self.grids[k], self.grid)
+    def forward_patches(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """Return log-probabilities (B, C) of patches (B, M, ch·p·p) at positions (B, M) or (1, M)."""
+        return self.combine(self._patch_logits(patches, positions))
 
     def forward_tokens(self, images: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of CLS (B, C) and of every patch token (B, N, C): A^0 and A^i.
+        """Return log-probabilities of CLS, A^0 (B, C), and of every patch token, A^i (B, N, C).
 
-        Of many members fewer images at a time, so that their token logits (K, B, N, C) take no more room.
+        With many members fewer images are forwarded at a time, to bound the token logits (K, B, N, C).
         """
-        parts = [self._tokens(batch, temperature) for batch in images.split(self._at_once(len(images)))]
-        of_cls, of_tokens = map(torch.cat, zip(*parts, strict=True))
-        return of_cls, of_tokens
+        parts = [self._forward_tokens(b, temperature) for b in images.split(self._batch_size(len(images)))]
+        cls_log_probs, token_log_probs = map(torch.cat, zip(*parts, strict=True))
+        return cls_log_probs, token_log_probs
 
-    def _tokens(self, images: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def importance(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """Return CLS attention (B, M) to the patches, averaged over members with their mean weights."""
         with autocast(self.precision):
-            each = zip(*(self.tokens_of(k, images) for k in range(len(self.members))), strict=True)
-        of_cls, of_tokens = (torch.stack(logits).to(images) for logits in each)
-        return self.combine(of_cls, temperature), self.combine(of_tokens, temperature)
-
-    def importance(self, patches: Tensor, position: Tensor) -> Tensor:
-        """CLS attention (B, M) to the patches, averaged over clients with the ensemble's weights."""
-        with autocast(self.precision):
-            attention = torch.stack(self.each(self.importance_of, patches, position))
+            attention = torch.stack(self.map_members(self.member_importance, patches, positions))  # (K, B, M)
         return torch.einsum("kbm,k->bm", attention.to(patches), self.weights.mean(dim=1))
 
     def combine(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
-        """Clients' logits (K, ..., C) to the ensemble's log-probabilities (..., C)."""
-        together = combine(logits, self.weights, self.mode, temperature)
-        return (together + self.offset / temperature).log_softmax(dim=-1)
+        """Combine members' logits (K, ..., C) into log-probabilities (..., C), offset included."""
+        log_probs = combine(logits, self.weights, self.mode, temperature)
+        return (log_probs + self.offset / temperature).log_softmax(dim=-1)
 
-    def calibrated(self, offset: Tensor) -> "Ensemble":
-        """The same members with another offset (C,)."""
-        other = copy.copy(self)
-        other._buffers = self._buffers | {"offset": offset.to(self.offset)}
-        return other
+    def cut(self, images: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cut images into patches (B, M, ch·p·p) of the ensemble's grid; return them and their positions.
 
-    def drawn(self, per_class: int | None, rng: torch.Generator) -> "Ensemble":
-        """For each class so many of the members, drawn by their shares of it; itself where per_class is None.
+        Positions are `keep` (B, M), or (1, N) for all images where every patch is kept.
+        """
+        return cut_patches(images, self.grid.patch, keep)
 
-        Of class y the logits of those drawn are averaged: in expectation those of mode `class`, at a cost
-        that does not grow with the number of clients. Raises BadInput where an upload has no class histogram,
-        and with another mode.
+    def opponent_logits(self, model: VisionTransformer, patches: Tensor, positions: Tensor) -> Tensor:
+        """Return class logits (B, C) of a model that is no member, on the ensemble's grid and precision."""
+        with autocast(self.precision):
+            return self.class_logits(model, patches, positions).to(patches)
+
+    # One member, on its own patches.
+
+    def map_members(self, forward: Callable[..., Tensor], patches: Tensor, positions: Tensor) -> list[Tensor]:
+        """Return forward(k, patches, positions) of every member k.
+
+        With many members a backward pass holds one member's activations and computes them again for each.
+        """
+        if len(self.members) > MODELS_AT_ONCE and patches.requires_grad:
+            forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+        return [forward(k, patches, positions) for k in range(len(self.members))]
+
+    def patches_for(self, k: int, patches: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return patches and positions as member k cuts them, on its own grid."""
+        own = self.grids[k]
+        return (patches, positions) if own == self.grid else regrid(patches, positions, self.grid, own)
+
+    def member_logits(self, k: int, patches: Tensor, positions: Tensor) -> Tensor:
+        """Return class logits (B, C) of member k."""
+        return self.class_logits(self.members[k], *self.patches_for(k, patches, positions))
+
+    def member_importance(self, k: int, patches: Tensor, positions: Tensor) -> Tensor:
+        """Return CLS attention (B, M) of member k to patches of the ensemble's grid."""
+        own_patches, own_positions = self.patches_for(k, patches, positions)
+        attention = patch_importance(self.members[k], own_patches, own_positions)  # (B, M'), on its own grid
+        if self.grids[k] == self.grid:
+            return attention
+        return regrid_importance(attention, own_positions, self.grids[k], positions, self.grid)
+
+    def member_tokens(self, k: int, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return class logits (B, C) of member k, and its token logits (B, N, C) on the ensemble's grid."""
+        cls_logits, token_logits = forward_tokens(self.members[k], images)
+        if self.grids[k] != self.grid:
+            token_logits = regrid_tokens(token_logits, self.grids[k], self.grid)
+        return cls_logits, token_logits
+
+    def _batch_size(self, count: int) -> int:
+        """Return how many of `count` images all members forward together; with many members, few."""
+        return count if len(self.members) <= MODELS_AT_ONCE else min(count, images_at_once(self))
+
+    def _patch_logits(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """Return every member's class logits (K, B, C)."""
+        with autocast(self.precision):
+            logits = self.map_members(self.member_logits, patches, positions)
+        return torch.stack([member.to(patches) for member in logits])
+
+    def _forward_tokens(self, images: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        with autocast(self.precision):
+            logits = zip(*(self.member_tokens(k, images) for k in range(len(self.members))), strict=True)
+        cls_logits, token_logits = (torch.stack(z).to(images) for z in logits)  # (K, B, C), (K, B, N, C)
+        return self.combine(cls_logits, temperature), self.combine(token_logits, temperature)
+
+    # The same models with other weights.
+
+    def calibrated(self, offset: Tensor) -> "CombinedModels":
+        """Return the same members with another offset (C,)."""
+        return self._combined(self.members, self.weights, self.shares, offset.to(self.offset))
+
+    def drawn(self, per_class: int | None, rng: torch.Generator) -> "CombinedModels":
+        """Draw `per_class` members for each class, by their shares of it; return itself where that is None.
+
+        Class y gets the mean logit of the members drawn for it: in expectation that of mode `class`, at a
+        cost that does not grow with the number of clients. Raises BadInput where an upload has no class
+        histogram, and with another mode.
         """
         if per_class is None:
             return self
@@ -176,21 +177,69 @@ class Ensemble(nn.Module):
                 "allowed otherwise is none"
             )
         picks = torch.multinomial(self.shares.T.cpu(), per_class, replacement=True, generator=rng)  # (C, m)
-        weights = torch.zeros(self.shares.T.shape)
+        weights = torch.zeros(self.shares.T.shape)  # (C, K)
         weights.scatter_add_(1, picks, torch.full(picks.shape, 1 / per_class))
         some = weights.any(dim=0).nonzero()[:, 0].tolist()
-        other = copy.copy(self)
-        other._modules = self._modules | {"members": nn.ModuleList(self.members[k] for k in some)}
-        buffers = {"weights": weights.T[some].to(self.weights), "shares": self.shares[some]}
-        other._buffers = self._buffers | buffers
-        other.grids = [self.grids[k] for k in some]
-        return other
+        members = [self.members[k] for k in some]
+        return self._combined(members, weights.T[some].to(self.weights), self.shares[some], self.offset)
+
+    def _combined(
+        self, members: Iterable[VisionTransformer], weights: Tensor, shares: Tensor | None, offset: Tensor
+    ) -> "CombinedModels":
+        return CombinedModels(
+            members,
+            weights,
+            shares,
+            offset,
+            mode=self.mode,
+            precision=self.precision,
+            grid=self.grid,
+            stats=self.stats,
+            class_logits=self.class_logits,
+        )
+
+
+class Ensemble(CombinedModels):
+    """The uploaded models, combined by what the uploads say of their data.
+
+    The modes are `mean_probs` and `mean_logits` (1/K each), `size` (n_k / n, on probabilities) and `class`
+    (c_k[y] / Σ_j c_j[y], on logits: a client counts for a class as much as it holds of it; FedFTG, Zhang et
+    al. 2022). The grid is that of the model `like`, by default the first member's. The offset is zero until
+    the ensemble is `calibrated`.
+    """
+
+    def __init__(
+        self,
+        uploads: Sequence[Upload],
+        settings: EnsembleSettings | None = None,
+        like: VisionTransformer | None = None,
+    ) -> None:
+        """Build the models on the uploads' tensors, without a copy. Raises BadInput where they do not fit."""
+        check_same_images(uploads)
+        settings = settings or EnsembleSettings()
+        members = [u.vit(share=True) for u in uploads]
+        if uses_bf16(settings.precision):  # once, not at every product: autocast keeps no frozen weights
+            for layer in (m for member in members for m in member.modules() if isinstance(m, nn.Linear)):
+                layer.to(torch.bfloat16)
+        counted = all(u.class_counts is not None for u in uploads)
+        super().__init__(
+            members,
+            client_weights(uploads, settings.mode),
+            class_weights(uploads) if counted else None,
+            torch.zeros(uploads[0].shape.num_classes),
+            mode=settings.mode,
+            precision=settings.precision,
+            grid=PatchGrid.of(like or members[0]),
+            stats=normalisation(like or members[0]),
+            class_logits=compiled(class_logits) if settings.compile else class_logits,
+        )
 
 
 class Owners:
-    """A batch of images, each seen by one client alone: `owner` (B,), the one that answers for its label.
+    """A teacher of one batch that forwards each image through one client's model, its owner's.
 
-    Seen from inversion it is a teacher like `Ensemble`, for one forward of one client an image.
+    owner (B,) holds each image's client. It has the methods of `Ensemble` that inversion needs, and costs
+    one model an image instead of K.
     """
 
     def __init__(self, ensemble: Ensemble, owner: Tensor) -> None:
@@ -200,7 +249,7 @@ class Owners:
 
     @classmethod
     def draw(cls, ensemble: Ensemble, labels: Tensor, seed: int) -> "Owners":
-        """An owner for each label (B,), drawn by the clients' shares of that class.
+        """Draw an owner for each label (B,), by the clients' shares of that class.
 
         Raises BadInput where an upload has no class histogram.
         """
@@ -209,51 +258,48 @@ class Owners:
                 "inversion.teacher='owners' needs every upload's class_counts: "
                 "allowed without them is 'ensemble'"
             )
-        shares = ensemble.shares.T.cpu()[labels.cpu()]
+        shares = ensemble.shares.T.cpu()[labels.cpu()]  # (B, K)
         drawn = torch.multinomial(shares, 1, generator=make_rng(seed, "owners"))[:, 0]
         return cls(ensemble, drawn.to(labels.device))
 
-    def forward_patches(self, patches: Tensor, position: Tensor) -> Tensor:
-        """The owners' log-probabilities (B, C) of patches (B, M, ch·p·p) at positions (B, M) or (1, M)."""
+    def forward_patches(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """Return the owners' log-probabilities (B, C) of patches at positions (B, M), or (1, M) for all."""
         with autocast(self.ensemble.precision):
-            logits = self._each(self.ensemble.logits_of, patches, position)
+            logits = self._map_owners(self.ensemble.member_logits, patches, positions)
         return logits.to(patches).log_softmax(dim=-1)
 
-    def importance(self, patches: Tensor, position: Tensor) -> Tensor:
-        """The owners' CLS attention (B, M) to the patches."""
+    def importance(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """Return the owners' CLS attention (B, M) to the patches."""
         with autocast(self.ensemble.precision):
-            return self._each(self.ensemble.importance_of, patches, position).to(patches)
+            return self._map_owners(self.ensemble.member_importance, patches, positions).to(patches)
 
-    def opponent_logits(self, model: VisionTransformer, patches: Tensor, position: Tensor) -> Tensor:
-        return self.ensemble.opponent_logits(model, patches, position)
+    def opponent_logits(self, model: VisionTransformer, patches: Tensor, positions: Tensor) -> Tensor:
+        """Return `CombinedModels.opponent_logits` (B, C): the opponent is one model for all images."""
+        return self.ensemble.opponent_logits(model, patches, positions)
 
-    def _each(self, look: Callable[..., Tensor], patches: Tensor, position: Tensor) -> Tensor:
-        """What every member that owns some of the images makes of them, (B, ...) in their order."""
-        seen = [
-            look(k, patches[rows], position[rows] if len(position) > 1 else position)
+    def _map_owners(self, forward: Callable[..., Tensor], patches: Tensor, positions: Tensor) -> Tensor:
+        """Return forward(k, patches, positions) of every image's owner k, (B, ...) in the batch's order."""
+        parts = [
+            forward(k, patches[rows], positions[rows] if len(positions) > 1 else positions)
             for k, rows in enumerate(self.rows)
             if len(rows)
         ]
-        return torch.cat(seen)[self.back]
+        return torch.cat(parts)[self.back]
 
 
 def combine(logits: Tensor, weights: Tensor, mode: str, temperature: float = 1.0) -> Tensor:
-    """Clients' logits (K, ..., C) with weights (K, 1) or (K, C) to log-probabilities (..., C)."""
-    weights = weights.view(len(logits), *[1] * (logits.ndim - 2), -1)
+    """Combine logits (K, ..., C) with weights (K, 1) or (K, C) into log-probabilities (..., C).
+
+    log softmax(Σ_k w_k ⊙ z_k / T) in the modes `ON_LOGITS`, else log Σ_k w_k ⊙ softmax(z_k / T).
+    """
+    weights = weights.view(len(logits), *[1] * (logits.ndim - 2), -1)  # (K, 1, ..., 1 or C)
     if mode in ON_LOGITS:
         return F.log_softmax((weights * logits).sum(dim=0) / temperature, dim=-1)
     return torch.logsumexp(F.log_softmax(logits / temperature, dim=-1) + weights.log(), dim=0)
 
 
-def held_classes(uploads: Sequence[Upload]) -> Tensor:
-    """The classes that some client holds (C',), all where an upload does not say; nobody can show another."""
-    if any(u.class_counts is None for u in uploads):
-        return torch.arange(uploads[0].shape.num_classes)
-    return histograms(uploads).sum(dim=0).nonzero()[:, 0]
-
-
 def client_weights(uploads: Sequence[Upload], mode: str) -> Tensor:
-    """The weights (K, 1) or (K, C) of an ensemble mode; columns sum to one."""
+    """Return the weights (K, 1) or (K, C) of an ensemble mode; columns sum to one."""
     if mode in ("mean_probs", "mean_logits"):
         return torch.full((len(uploads), 1), 1 / len(uploads))
     if mode == "size":
@@ -263,7 +309,7 @@ def client_weights(uploads: Sequence[Upload], mode: str) -> Tensor:
 
 
 def class_weights(uploads: Sequence[Upload]) -> Tensor:
-    """Each client's share of every class, c_k[y] / Σ_j c_j[y]: (K, C) (FedFTG)."""
+    """Return each client's share of every class, c_k[y] / Σ_j c_j[y]: (K, C) (FedFTG)."""
     counts = histograms(uploads)
     # a class that nobody holds falls back to equal weights
     counts = torch.where(counts.sum(dim=0) > 0, counts, torch.ones_like(counts))
@@ -271,10 +317,17 @@ def class_weights(uploads: Sequence[Upload]) -> Tensor:
 
 
 def histograms(uploads: Sequence[Upload]) -> Tensor:
-    """The uploads' class histograms c_k: (K, C). Raises BadInput for an upload without one."""
+    """Return the uploads' class histograms c_k: (K, C). Raises BadInput for an upload without one."""
     without = [u.client for u in uploads if u.class_counts is None]
     if without:
         raise BadInput(
             f"class_counts are needed (ensemble.mode='class', fedftg): upload of client {without[0]} has none"
         )
     return torch.tensor([u.class_counts for u in uploads], dtype=torch.float32)
+
+
+def held_classes(uploads: Sequence[Upload]) -> Tensor:
+    """Return the classes (C',) that some client holds; all classes where an upload does not say."""
+    if any(u.class_counts is None for u in uploads):
+        return torch.arange(uploads[0].shape.num_classes)
+    return histograms(uploads).sum(dim=0).nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""The server's side of FuseFL: all clients' stages in one network whose logits are combined."""
+"""The server's side of FuseFL: all clients' stages in one network, whose logits are combined as in step 2."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from .ensemble import combine
 
 
 class Fused(FusedStages):
-    """`FusedStages` whose members' logits after the last stage are combined as an ensemble's are."""
+    """`FusedStages` whose members' logits after the last stage are combined like an ensemble's."""
 
     def __init__(
         self,
@@ -21,7 +21,7 @@ class Fused(FusedStages):
         weights: Tensor | None = None,
         mode: str = "mean_logits",
     ) -> None:
-        """weights (K, 1) or (K, C) and mode as in `ensemble.combine`; without weights each member has 1/K.
+        """Build the network; weights (K, 1) or (K, C) and mode as in `ensemble.combine`, by default 1/K each.
 
         Raises BadInput when settings.stages is more than the members' blocks.
         """
@@ -30,11 +30,11 @@ class Fused(FusedStages):
         self.register_buffer("weights", torch.full((count, 1), 1 / count) if weights is None else weights)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Log-probabilities (B, C) of images (B, ch, H, W)."""
+        """Return log-probabilities (B, C) of images (B, ch, H, W)."""
         return combine(self.outputs(images, self.stages - 1), self.weights, self.mode)
 
     def expected(self, stage: int) -> dict[str, Tensor]:
-        """What a client's message of a stage must hold: its entries, and `adaptor.*` where it trains one."""
+        """Return the arrays that a client's message of a stage must hold, `adaptor.*` where it trains one."""
         state = self.members[0].state_dict()
         arrays = {name: state[name] for name in stage_names(self.members[0], self.stages, stage)}
         if stage and self.adaptors:
@@ -42,7 +42,7 @@ class Fused(FusedStages):
         return arrays
 
     def take(self, stage: int, messages: Sequence[dict[str, Tensor]], sizes: Sequence[int]) -> None:
-        """Put the members' checked messages of one stage in place, their adaptors averaged by size n_k."""
+        """Load the members' checked messages of one stage; adaptors are averaged by size n_k."""
         for member, message in zip(self.members, messages, strict=True):
             member.load_state_dict(
                 {n: message[n] for n in stage_names(member, self.stages, stage)}, strict=False

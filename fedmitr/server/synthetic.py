@@ -1,13 +1,4 @@
-"""Sparse model inversion: an ensemble and labels in, images and their surviving patches out.
-
-Noise is optimised until its teacher sees the wanted class in it: one client that knows the class, or the
-ensemble (`inversion.teacher`). At each stop the patches that CLS
-attends to least leave for good: from then on they get no forward, no gradient, no update
-(method step 3; SMI, Hu et al. 2024). An empty schedule of stops is dense inversion.
-
-Only what the views show of surviving patches is differentiated: `_look` cuts it out of the images and
-says where it belongs, and the gradient of the regularisers is written out.
-"""
+"""Synthetic images: what inversion (step 3) returns, the labels it is given, and the set on disk."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,11 +17,11 @@ COLUMNS = ("pixels", "labels", "mask", "loss")
 
 @dataclass(frozen=True)
 class SyntheticSet:
-    """What inversion returns.
+    """Images that inversion returns, their labels and their surviving patches.
 
-    pixels (n, ch, H, W) as the model sees them; labels (n,); mask (n, N) true where a patch survived
-    every stop; loss (n,) cross-entropy of the returned iterate, NaN never. history holds curves over
-    iterations and, under "frames", "frame_masks" and "frame_at", pictures on the way.
+    pixels (n, ch, H, W), normalised as models take them; labels (n,); mask (n, N), true where a patch
+    survived every stop; loss (n,), cross-entropy of the returned pixels, never NaN. history holds curves
+    over iterations and, under "frames", "frame_masks" and "frame_at", pictures on the way.
     """
 
     pixels: Tensor
@@ -44,7 +35,7 @@ class SyntheticSet:
 
     @classmethod
     def concat(cls, parts: Sequence["SyntheticSet"]) -> "SyntheticSet":
-        """All parts in order; curves are averaged over the parts, frames are the first part's."""
+        """Join all parts in order; curves are averaged over the parts, frames are the first part's."""
         columns = {n: torch.cat([getattr(p, n) for p in parts]) for n in COLUMNS}
         history = {
             name: values
@@ -56,20 +47,20 @@ class SyntheticSet:
 
 
 def balanced_labels(count: int, num_classes: int, rng: torch.Generator) -> Tensor:
-    """count labels in random order, every class as often as every other (to within one)."""
+    """Draw `count` labels in random order, every class as often as every other (to within one)."""
     order = torch.randperm(num_classes, generator=rng)
     labels = order[torch.arange(count) % num_classes]
     return labels[torch.randperm(count, generator=rng)]
 
 
 def label_batches(settings: InversionSettings, classes: Tensor, seed: int) -> list[Tensor]:
-    """The target labels of every batch of a run, drawn from these classes (C',)."""
+    """Draw the target labels of every batch of a run, from these classes (C',)."""
     order = balanced_labels(settings.images, len(classes), make_rng(seed, "targets"))
     return list(classes[order].split(settings.batch_size))
 
 
 def save_synthetic(synthetic: SyntheticSet, folder: Path) -> None:
-    """Write a synthetic set as one safetensors file."""
+    """Write a synthetic set to one safetensors file in the folder."""
     columns = {name: getattr(synthetic, name) for name in COLUMNS}
     write_tensors(
         columns | {f"history.{k}": v for k, v in synthetic.history.items()}, folder / "synthetic.safetensors"
@@ -77,7 +68,7 @@ def save_synthetic(synthetic: SyntheticSet, folder: Path) -> None:
 
 
 def load_synthetic(folder: Path) -> SyntheticSet:
-    """Read what `save_synthetic` wrote, on the device that computes."""
+    """Read what `save_synthetic` wrote, onto the device that computes."""
     tensors = read_tensors(folder / "synthetic.safetensors")
     history = {k.removeprefix("history."): v for k, v in tensors.items() if k.startswith("history.")}
     return SyntheticSet(*(tensors[name].to(device()) for name in COLUMNS), history=history)

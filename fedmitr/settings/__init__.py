@@ -1,4 +1,4 @@
-"""Every knob of a run: `schema` has the blocks with their meaning, `load` the ways to set them."""
+"""All settings of a run: `schema` has the blocks with their meaning, `load` the ways to set them."""
 
 from .load import (
     PROFILES,

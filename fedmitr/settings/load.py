@@ -31,7 +31,7 @@ PROFILES = ("smoke", "laptop", "gpu", "paper")
 
 
 class Settings(SettingsBlock):
-    """One run. `seed` fixes everything random in it."""
+    """The settings of one run. `seed` fixes everything random in it."""
 
     seed: int = setting(0, "fixes data, partition, training, inversion and distillation", ge=0, le=2**32 - 1)
     threads: Count = setting(1, "CPU threads of a process; results may differ in the last bits with another")
@@ -48,7 +48,7 @@ class Settings(SettingsBlock):
     inversion: InversionSettings = InversionSettings()
     relabel: RelabelSettings = RelabelSettings()
     distill: DistillSettings = DistillSettings()
-    # and a block for every method that has settings of its own: `add_block`
+    # `add_block` adds one block for every method that has settings of its own
 
     @model_validator(mode="after")
     def _drawn_by_class(self):
@@ -61,7 +61,7 @@ class Settings(SettingsBlock):
 
     @classmethod
     def load(cls, profile: str = "laptop", overrides: dict[str, Any] | None = None) -> "Settings":
-        """A profile's settings with dotted overrides, such as {"partition.alpha": 0.1}.
+        """Return a profile's settings with dotted overrides, such as {"partition.alpha": 0.1}.
 
         Raises BadInput, one line, for an unknown profile or setting and a value out of range.
         """
@@ -71,14 +71,14 @@ class Settings(SettingsBlock):
         return build(tree)
 
     def changed(self, overrides: Mapping[str, Any]) -> "Settings":
-        """These settings with other values of some dotted names; checked as `load` checks them."""
+        """Return these settings with other values under some dotted names; raises BadInput as `load` does."""
         tree = self.model_dump()
         for name, value in overrides.items():
             _assign(tree, name, value)
         return build(tree)
 
     def model_of(self, client: int) -> ModelSettings:
-        """The model that a client starts from: the global one, or its turn among `client.models`."""
+        """Return the model that a client starts from: the global one, or its own of `client.models`."""
         names = self.client.models
         name = names[client % len(names)] if names else self.model.name
         if name == self.model.name:
@@ -97,7 +97,7 @@ class Settings(SettingsBlock):
 
 
 def add_block(name: str, block: type[SettingsBlock]) -> None:
-    """Give every run a block of settings under this name, for a method of that name.
+    """Add a block to `Settings` under this name, for a method of that name.
 
     Settings that were made before have the block's defaults.
     """
@@ -108,7 +108,7 @@ def add_block(name: str, block: type[SettingsBlock]) -> None:
 
 
 def read_profile(profile: str) -> dict[str, Any]:
-    """The nested settings of a shipped profile (notebooks/profiles/PROFILE.yaml)."""
+    """Read the settings of a shipped profile (notebooks/profiles/PROFILE.yaml) as nested dicts."""
     if profile not in PROFILES:
         raise BadInput(f"profile={profile!r} is unknown: allowed are {', '.join(PROFILES)}")
     flat = (
@@ -121,7 +121,7 @@ def read_profile(profile: str) -> dict[str, Any]:
 
 
 def _assign(tree: dict[str, Any], name: str, value: Any) -> None:
-    """Set a dotted name in a nested dict, refusing names that no block has."""
+    """Set a dotted name in nested dicts; raise BadInput for a name that no block has."""
     known = defaults()
     if name not in known:
         block = name.split(".")[0]
@@ -134,7 +134,7 @@ def _assign(tree: dict[str, Any], name: str, value: Any) -> None:
 
 
 def build(tree: dict[str, Any]) -> Settings:
-    """Validate nested settings; the first error as one line (BadInput)."""
+    """Return the settings of nested dicts; raise BadInput for the first value that is out of range."""
     try:
         settings = Settings.model_validate(tree)
     except ValidationError as failure:
@@ -142,7 +142,7 @@ def build(tree: dict[str, Any]) -> Settings:
         name = ".".join(str(p) for p in error["loc"])
         said = error["msg"].removeprefix("Value error, ")
         given = "" if isinstance(error["input"], BaseModel | dict) else f"={error['input']!r}"
-        where = f"{name}{given}: " if name else ""  # a rule between blocks names its settings itself
+        where = f"{name}{given}: " if name else ""  # a rule over several blocks names its settings itself
         raise BadInput(f"{where}{said[0].lower()}{said[1:]}") from None
     if settings.task.name not in TASKS:
         raise BadInput(f"task.name={settings.task.name!r} is unknown: allowed are {', '.join(TASKS)}")
@@ -150,7 +150,7 @@ def build(tree: dict[str, Any]) -> Settings:
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """`key=value` from the command line; the value is read as YAML: numbers, lists, true, null."""
+    """Return name and value of a `key=value`; the value is read as YAML: numbers, lists, true, null."""
     name, equals, value = text.partition("=")
     if not equals:
         raise BadInput(f"--set {text!r} is not of the form key=value")
@@ -162,7 +162,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def number(value: Any) -> Any:
-    """YAML reads 1e-3 as text; a reader means a number."""
+    """Return text that is a number, such as 1e-3 to YAML, as that number; also in lists."""
     if isinstance(value, list):
         return [number(v) for v in value]
     if isinstance(value, str):
@@ -174,7 +174,7 @@ def number(value: Any) -> Any:
 
 
 def fields() -> list[dict[str, Any]]:
-    """Every setting: name, default, what is allowed, meaning, source; the table that the docs print."""
+    """Return one row per setting: its name, default, what is allowed, meaning and the default's source."""
     rows = []
     for block, info in Settings.model_fields.items():
         nested = isinstance(info.annotation, type) and issubclass(info.annotation, SettingsBlock)
@@ -192,21 +192,22 @@ def fields() -> list[dict[str, Any]]:
 
 
 def _allowed(field: Any) -> str:
+    """Return a field's choices or limits as text, such as "> 0, < 1"."""
     if named := field.json_schema_extra["choices"]:
         return ", ".join(named)
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
     if choices := [a for a in get_args(field.annotation) if isinstance(a, str)]:
         return ", ".join(choices)
-    of_items = [info for item in get_args(field.annotation) for info in getattr(item, "__metadata__", ())]
+    items = [info for item in get_args(field.annotation) for info in getattr(item, "__metadata__", ())]
     limits = [
-        f"{s} {getattr(m, n)}"
-        for m in [*field.metadata, *(m for info in of_items for m in info.metadata)]
-        for n, s in signs.items()
-        if getattr(m, n, None) is not None
+        f"{sign} {getattr(limit, name)}"
+        for limit in [*field.metadata, *(limit for info in items for limit in info.metadata)]
+        for name, sign in signs.items()
+        if getattr(limit, name, None) is not None
     ]
-    return ", ".join(dict.fromkeys(limits))  # the items of a pair share theirs
+    return ", ".join(dict.fromkeys(limits))  # both items of a pair have the same limits
 
 
 def defaults() -> dict[str, Any]:
-    """Dotted name -> default of every setting."""
+    """Return the default of every setting by its dotted name."""
     return {row["setting"]: row["default"] for row in fields()}

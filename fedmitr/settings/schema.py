@@ -1,7 +1,7 @@
-"""The blocks of settings: what each setting means, its default, its allowed range and where that is from.
+"""The blocks of settings: what each setting means, its default, its range, and the source of the default.
 
-`Settings` in load.py holds one of each block, and one for every method that has settings of its own
-(`methods.register`). The defaults are those of the `laptop` profile unless a profile says otherwise.
+`Settings` in load.py has one field per block, and one per method that has settings of its own
+(`methods.register`). Profiles set what differs from these defaults.
 """
 
 from collections.abc import Collection
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# Name -> number of classes, None where they are counted in the folder. `data.register` adds to it.
+# Number of classes by task.name, None where they are counted in the folder. `data.register` adds to it.
 TASKS: dict[str, int | None] = {"digits": 10, "digits-plain": 10}
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -24,45 +24,50 @@ Precision = Literal["auto", "fp32", "bf16"]
 def setting(
     default: Any, meaning: str, source: str = "ours", choices: Collection[str] = (), **limits: Any
 ) -> Any:
-    """Make a field with its meaning and the source of its default.
+    """Make a field of a block with its default, meaning and the source of the default.
 
-    choices: names that it may take, where they are not in its type because more can be registered.
+    choices: the allowed names where the type does not have them, because more can be registered.
+    limits: pydantic's gt, ge, lt, le.
     """
     extra = {"source": source, "choices": choices}
     return Field(default, description=meaning, json_schema_extra=extra, **limits)
 
 
 class SettingsBlock(BaseModel):
-    """Settings that belong together; unknown names and values out of range are refused."""
+    """A group of settings; unknown names and values out of range are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
 def precision_of(what: str) -> Any:
-    """A stage's setting for the precision of its matrix products."""
-    return setting("fp32", f"matrix products of {what}; auto: bf16 where the hardware multiplies it")
+    """Make the field for the precision of a stage's matrix products."""
+    return setting("fp32", f"precision of matrix products in {what}; auto: bf16 where the hardware has it")
 
 
 class TaskSettings(SettingsBlock):
-    """What is learnt."""
+    """The task: its images and their splits."""
 
-    name: str = setting("digits", "what is learnt", choices=TASKS)
-    clutter: Share = setting(0.5, "brightest background texture, of full scale; digits-plain has 0")
+    name: str = setting("digits", "the data set", choices=TASKS)
+    clutter: Share = setting(
+        0.5, "brightness of the background texture at most, as a share of full scale; digits-plain has 0"
+    )
     scale: tuple[OpenShare, Positive] = setting(
-        (0.55, 0.75), "smallest and largest side of a digit, of the scene's"
+        (0.55, 0.75), "smallest and largest side of a digit, as shares of the image's"
     )
-    degrees: NotNegative = setting(15.0, "largest rotation of a digit, degrees")
+    degrees: NotNegative = setting(15.0, "largest rotation of a digit, in degrees")
     data_dir: str | None = setting(
-        None, "folder of the images; for cifar10, cifar100 and svhn by default data/downloads"
+        None, "folder of the image files; torchvision's data sets have a default, data/downloads"
     )
-    download: bool = setting(False, "let torchvision download cifar10, cifar100 or svhn to data_dir")
+    download: bool = setting(False, "let torchvision download cifar10, cifar100 or svhn into data_dir")
     validation: OpenShare = setting(
         0.1,
-        "share held out for validation: of all images, or of training images where the test part is given",
+        "share held out for validation: of all images, or of the training part where a test part is given",
     )
-    test: OpenShare = setting(0.25, "share held out for the test, unless the task has a test part of its own")
+    test: OpenShare = setting(
+        0.25, "share of all images held out for the test, unless the task has a test part of its own"
+    )
     limit: int | None = setting(
-        None, "most training images of a class, drawn by the seed; validation and test stay whole", ge=1
+        None, "most training images of a class, drawn by the seed; validation and test keep all", ge=1
     )
 
     @model_validator(mode="after")
@@ -73,16 +78,20 @@ class TaskSettings(SettingsBlock):
 
 
 class PartitionSettings(SettingsBlock):
-    """Who holds what."""
+    """The partition of the training images among clients."""
 
     scheme: Literal["dirichlet", "shards", "iid", "quantity", "domain"] = setting(
-        "dirichlet", "how classes are spread; domain: one domain a client (office-home)"
+        "dirichlet", "how images are dealt to clients; domain: one domain per client (office-home)"
     )
     clients: Count = setting(5, "number of clients K", "paper")
-    alpha: Positive = setting(0.1, "Dirichlet concentration; small is extreme skew", "paper")
-    classes_per_client: Count = setting(2, "classes a client holds, scheme=shards", "McMahan et al. 2017")
+    alpha: Positive = setting(
+        0.1, "concentration of the Dirichlet distribution; the smaller, the more skewed", "paper"
+    )
+    classes_per_client: Count = setting(
+        2, "number of classes that a client holds, with scheme=shards", "McMahan et al. 2017"
+    )
     min_size: Count = setting(
-        10, "smallest shard allowed, images", "Dirichlet practice since Yurochkin et al. 2019"
+        10, "fewest images that a client holds", "Dirichlet practice since Yurochkin et al. 2019"
     )
 
 
@@ -94,56 +103,58 @@ class ModelSettings(SettingsBlock):
         "a ViT-Micro that ships (vit_micro, vit_micro_patch6, vit_micro_deep) or a timm Vision Transformer",
     )
     pretrained: bool = setting(True, "start from pretrained weights", "paper")
-    checkpoint: str | None = setting(None, "local safetensors file with weights, instead of a download")
-    image_size: int | None = setting(None, "side of the images, pixels; default the model's", ge=1)
+    checkpoint: str | None = setting(
+        None, "safetensors file with the initial weights, in place of those that ship or are downloaded"
+    )
+    image_size: int | None = setting(None, "side of the images in pixels; none: the model's own", ge=1)
 
 
 class ClientSettings(SettingsBlock):
-    """Local training."""
+    """Local training of the clients."""
 
     models: tuple[str, ...] = setting(
         (),
         "the clients' models, names as model.name, dealt out in turn; none: model.name for all. Others need "
         "distill.start=initial, and do not start from model.checkpoint",
     )
-    epochs: Count = setting(15, "passes over the shard")
-    batch_size: Count = setting(32, "images a step")
+    epochs: Count = setting(15, "passes over a client's images")
+    batch_size: Count = setting(32, "images per step")
     optimizer: Literal["adamw", "sgd"] = setting("adamw", "optimiser")
     lr: Positive = setting(1e-3, "peak learning rate")
-    momentum: Share = setting(0.9, "SGD momentum")
-    weight_decay: NotNegative = setting(0.05, "decoupled for AdamW", "DeiT")
+    momentum: Share = setting(0.9, "momentum of optimizer=sgd")
+    weight_decay: NotNegative = setting(0.05, "weight decay; decoupled with adamw", "DeiT")
     schedule: Literal["one_cycle", "cosine", "constant"] = setting(
-        "one_cycle", "learning rate over the steps"
+        "one_cycle", "course of the learning rate over the steps"
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = setting(0.0, "label smoothing")
-    augment: Share = setting(0.5, "strength of random scale, rotation and shift; 0 is none")
+    augment: Share = setting(0.5, "strength of random scale, rotation and shift of the images; 0: none")
     token_weight: NotNegative = setting(
-        0.0, "weight of the image label on the patch tokens as well", "LV-ViT"
+        0.0, "weight of a cross-entropy of the patch tokens to the label of their image", "LV-ViT"
     )
     fedprox: NotNegative = setting(
-        0.0, "weight μ of (μ/2)‖w − w_shared‖² in the local loss; 0 is plain training", "Li et al. 2020"
+        0.0, "weight μ of (μ/2)‖w − w_shared‖² in the local loss; 0: plain training", "Li et al. 2020"
     )
     precision: Precision = precision_of("local training")
 
 
 class EnsembleSettings(SettingsBlock):
-    """How the uploads become one teacher."""
+    """The ensemble: how uploads become one teacher."""
 
     mode: Literal["mean_probs", "mean_logits", "size", "class"] = setting(
         "class",
-        "mean of probabilities or logits, weighted by n_k, or by class counts c_k",
+        "plain mean of probabilities or of logits, or weighted by clients' sizes n_k or class counts c_k",
         "choice; FedFTG: class",
     )
-    precision: Precision = precision_of("the teacher, in inversion and for labels")
-    compile: bool = setting(False, "run the teacher through torch.compile; where that fails, without")
+    precision: Precision = precision_of("the teacher, for inversion and for labels")
+    compile: bool = setting(False, "run the teacher through torch.compile; where that fails, as it is")
 
 
 class InversionSettings(SettingsBlock):
-    """Sparse model inversion; no stops is dense inversion."""
+    """Sparse model inversion; without stops it is dense."""
 
     teacher: Literal["ensemble", "owners"] = setting(
         "owners",
-        "who is inverted: the ensemble, or for each image one client, drawn by shares of its class",
+        "what is inverted: the ensemble, or for each image one client, drawn by shares of the image's class",
         "choice; paper: ensemble",
     )
     images: Count = setting(400, "synthetic images in all")
@@ -158,24 +169,28 @@ class InversionSettings(SettingsBlock):
         (10, 20, 30, 40), "iterations after which patches stop", "SMI: 50,100,200,300"
     )
     stop_ratio: tuple[OpenShare, ...] = setting(
-        (0.16, 0.16, 0.16, 0.16), "share of the remaining patches; half are left", "SMI: four times 0.3"
+        (0.16, 0.16, 0.16, 0.16),
+        "share of the remaining patches that each stop removes; these leave half",
+        "SMI: four times 0.3",
     )
     ce: NotNegative = setting(1.0, "weight of the cross-entropy to the target", "SMI")
     tv: NotNegative = setting(3e-3, "weight of the L2 total variation", "SMI: 1e-4")
     l2: NotNegative = setting(0.0, "weight of the squared norm of the pixels", "SMI")
     jitter: Annotated[float, Field(ge=0, lt=0.5)] = setting(
-        0.125, "largest shift of a view, of the side, where augment is 0", "SMI"
+        0.125, "largest shift of a view, as a share of the side; used where augment is 0", "SMI"
     )
     augment: Share = setting(
         0.7,
-        "strength of random scale, rotation and shift of views, as in distillation; 0: jitter instead",
+        "strength of random scale, rotation and shift of views, as in distillation; 0: only jitter",
         "ours; SMI: none",
     )
     flip: bool = setting(False, "mirror views at random (letters and digits are not symmetric)", "SMI: true")
     background: Literal["keep", "zero", "noise", "mean"] = setting(
-        "keep", "pixels of a stopped patch", "choice"
+        "keep", "pixels of a stopped patch: kept, zero, noise, or the image's mean", "choice"
     )
-    keep_best: bool = setting(True, "return each image's iterate of least loss after the last stop", "SMI")
+    keep_best: bool = setting(
+        True, "return the iterate of least loss after the last stop, image by image", "SMI"
+    )
 
     @model_validator(mode="after")
     def _stops_fit(self):
@@ -191,63 +206,69 @@ class InversionSettings(SettingsBlock):
 
 
 class RelabelSettings(SettingsBlock):
-    """Which label each patch token learns."""
+    """The label that each patch token learns."""
 
     mode: Literal["relabel", "pseudo", "soft", "none"] = setting(
-        "relabel", "the paper's, or an ablation of it", "paper"
+        "relabel", "the paper's relabelling, or an ablation of it", "paper"
     )
     source: Literal["token_logits", "background_cls"] = setting(
         "token_logits", "soft label of a patch", "choice"
     )
-    temperature: Positive = setting(1.0, "of the soft token labels", "choice")
+    temperature: Positive = setting(1.0, "softmax temperature of the soft token labels", "choice")
     foreground_soft: Share = setting(0.5, "share of the soft label mixed into the pseudo-label", "ours")
 
 
 class DistillSettings(SettingsBlock):
-    """Distilling the global model."""
+    """Distillation of the global model."""
 
-    steps: Count = setting(400, "student steps")
-    batch_size: Count = setting(64, "synthetic images a step")
-    lr: Positive = setting(6e-4, "peak learning rate of AdamW, one cycle; FedMITR alone")
-    weight_decay: NotNegative = setting(0.05, "AdamW's", "DeiT")
-    start: Literal["average", "initial"] = setting("average", "student's start", "choice")
+    steps: Count = setting(400, "steps of the student")
+    batch_size: Count = setting(64, "synthetic images per step")
+    lr: Positive = setting(6e-4, "peak learning rate of AdamW, one cycle; FedMITR's only")
+    weight_decay: NotNegative = setting(0.05, "weight decay of AdamW", "DeiT")
+    start: Literal["average", "initial"] = setting(
+        "average", "weights that the student starts from: the uploads' average or the initial model", "choice"
+    )
     temperature: Positive = setting(1.0, "T of the distillation loss", "choice")
     ce_weight: NotNegative = setting(
-        0.25, "λ_ce, cross-entropy of CLS to the target; FedMITR alone", "choice"
+        0.25, "λ_ce, weight of the cross-entropy of CLS to the target; FedMITR's only", "choice"
     )
     calibrate: NotNegative = setting(
         0.02,
-        "penalty λ of class offsets, fitted to the labels of synthetic views, that the ensemble gets before "
-        "FedMITR distils it; 0: none",
+        "penalty λ of the class offsets that FedMITR adds to the ensemble's logits before it distils them, "
+        "fitted to the targets of synthetic views; 0: no offsets",
         "ours",
     )
-    token_weight: NotNegative = setting(0.1, "λ_tok, loss of the patch tokens", "choice")
+    token_weight: NotNegative = setting(0.1, "λ_tok, weight of the loss of the patch tokens", "choice")
     background: Literal["keep", "texture"] = setting(
-        "texture", "low-density patches in each view: as inverted, or fresh smooth texture", "choice"
+        "texture",
+        "pixels of the patches that inversion stopped, in each view: as they are, or new smooth texture",
+        "choice",
     )
     views: int = setting(
-        8, "random views drawn of each image, labelled by the teacher once; 0: new ones every step", ge=0
+        8,
+        "random views of each image, drawn and labelled by the teacher once; 0: new ones in every step",
+        ge=0,
     )
     per_class: int | None = setting(
         None,
-        "clients that label a batch of views: so many for each class, drawn by shares of it; none: all. "
-        "FedMITR alone; with ensemble.mode=class",
+        "clients that label a batch of views: so many per class, drawn by shares of the class; none: all. "
+        "FedMITR's only; needs ensemble.mode=class",
         ge=1,
     )
     group: int | None = setting(
         None,
-        "clients distilled together first, each group to one model that then stands for it; none: all at "
-        "once. FedMITR alone",
+        "size of the groups of clients that are first distilled to one model each, which then takes their "
+        "place; none: all clients at once. FedMITR's only",
         ge=2,
     )
-    augment: Share = setting(1.0, "strength of random scale, rotation and shift of pixels and mask")
+    augment: Share = setting(1.0, "strength of random scale, rotation and shift of images and masks; 0: none")
     precision: Precision = precision_of("the student's training")
 
 
 class FuseflSettings(SettingsBlock):
-    """FuseFL: train, upload and fuse the network stage by stage."""
+    """FuseFL: the network is trained, uploaded and fused stage by stage."""
 
-    stages: Count = setting(2, "stages the network is split into; one exchange each", "FuseFL")
+    stages: Count = setting(2, "stages that the network is split into, with one exchange each", "FuseFL")
     adaptor: Literal["average", "linear"] = setting(
-        "average", "how clients' features are fused between stages", "FuseFL"
+        "average", "how the clients' features are fused between stages", "FuseFL"
     )

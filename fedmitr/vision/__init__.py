@@ -1,1 +1,1 @@
-"""The Vision Transformer, patch by patch: how it is built, run, cut into patches and stages."""
+"""The Vision Transformer, patch by patch: how it is built, run, cut into patches and into stages."""

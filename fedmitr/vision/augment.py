@@ -1,4 +1,4 @@
-"""Random views: the same geometry for pixels and for patch masks."""
+"""Random affine views of images and of patch masks, with one geometry for both, and random textures."""
 
 import math
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def random_maps(n: int, strength: float, rng: torch.Generator) -> Tensor:
-    """Affine maps (n, 2, 3).
+    """Draw affine maps (n, 2, 3) as `random_affine` does, in ranges that grow with the strength.
 
-    At strength 1: scale 0.75 to 1.25, rotation to 20°, shift to a fifth of the side, shear to 0.2.
+    At strength 1: scale 0.75 to 1.25, rotation up to 20°, shift up to a fifth of the side, shear up to 0.2.
     """
     return random_affine(
         n,
@@ -23,18 +23,21 @@ def random_maps(n: int, strength: float, rng: torch.Generator) -> Tensor:
 
 
 def warp(images: Tensor, maps: Tensor) -> Tensor:
-    """Images (B, ch, H, W) through affine maps (B, 2, 3); what comes into view mirrors the border."""
+    """Warp images (B, ch, H, W) by affine maps (B, 2, 3); beyond their border they are mirrored."""
     grid = F.affine_grid(maps.to(images), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
 def warp_mask(mask: Tensor, maps: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Patch masks (B, N) through the same maps: true where at least half of the new patch was true."""
+    """Warp patch masks (B, N) by affine maps (B, 2, 3): true where half of the new patch or more is."""
     return warp_coverage(mask, maps, grid) >= 0.5
 
 
 def warp_coverage(mask: Tensor, maps: Tensor, grid: tuple[int, int], cell: int = 4) -> Tensor:
-    """Share (B, N) of each patch that patch masks (B, N) cover after these maps, on `cell`×`cell` points."""
+    """Compute the share (B, N), in [0, 1], of each patch that patch masks (B, N) cover after affine maps.
+
+    Each patch is sampled at `cell`×`cell` points.
+    """
     fine = mask.view(-1, 1, *grid).float().repeat_interleave(cell, 2).repeat_interleave(cell, 3)
     return F.avg_pool2d(warp(fine, maps), cell).flatten(1)
 
@@ -48,7 +51,7 @@ def random_affine(
     shift: float,
     shear: float = 0.0,
 ) -> Tensor:
-    """Random maps (n, 2, 3) from output to input coordinates, as `affine_grid` takes them.
+    """Draw maps (n, 2, 3) from output to input coordinates, as torch's `affine_grid` takes them.
 
     scale: range of the object's size relative to the frame; degrees: largest rotation;
     shift: largest displacement of the centre, in half frames; shear: largest shear.
@@ -60,13 +63,14 @@ def random_affine(
     size, angle = uniform(*scale), uniform(-degrees, degrees) * math.pi / 180
     slant, dx, dy = uniform(-shear, shear), uniform(-shift, shift), uniform(-shift, shift)
     cos, sin = angle.cos() / size, angle.sin() / size
+    # rotation by −angle over size, times the shear [[1, slant], [0, 1]]
     linear = torch.stack([cos, sin + slant * cos, -sin, cos - slant * sin], 1).view(n, 2, 2)
-    centre = -(linear @ torch.stack([dx, dy], 1)[:, :, None])
+    centre = -(linear @ torch.stack([dx, dy], 1)[:, :, None])  # (n, 2, 1): output (dx, dy) shows the middle
     return torch.cat([linear, centre], dim=2)
 
 
 def texture(n: int, size: int, generator: torch.Generator) -> Tensor:
-    """Smooth random textures (n, 1, size, size) in [0, 1]: a sum of blurred noise at two scales."""
+    """Draw smooth random textures (n, 1, size, size) in [0, 1]: blurred noise at two scales, added."""
     total = torch.zeros(n, 1, size, size)
     for cells, weight in ((3, 0.65), (6, 0.35)):
         noise = torch.rand(n, 1, cells, cells, generator=generator)

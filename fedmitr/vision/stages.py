@@ -1,6 +1,7 @@
 """ViTs cut into stages of consecutive blocks, and several of them fused stage by stage (FuseFL).
 
-Nothing here trains: `client.fusefl` trains stages, `server.fused` and `methods.fusefl` fuse them.
+Nothing here trains: `client.fusefl` trains stages, `server.fused` and `methods.fusefl` fuse them. K is the
+number of members, P the prefix tokens and N the patches of a ViT, d its width.
 """
 
 import itertools
@@ -20,7 +21,7 @@ BEFORE_BLOCKS = ("patch_embed.", "cls_token", "dist_token", "reg_token", "pos_em
 
 
 def stage_blocks(depth: int, count: int) -> list[range]:
-    """The blocks of each of `count` stages of a ViT of `depth` blocks, as equal as can be, longer first.
+    """Divide a ViT's `depth` blocks over `count` stages as equally as can be, longer stages first.
 
     Raises BadInput when there are more stages than blocks.
     """
@@ -33,17 +34,17 @@ def stage_blocks(depth: int, count: int) -> list[range]:
 
 
 def stage_epochs(epochs: int, count: int) -> list[int]:
-    """Local epochs of each of `count` stages: their total divided as equally as can be, at least one each."""
+    """Divide local epochs over `count` stages as equally as can be, at least one each."""
     return [max(1, share) for share in _shares(epochs, count)]
 
 
 def _shares(total: int, count: int) -> list[int]:
-    """`total` in `count` whole parts that differ by one at most, larger first."""
+    """Divide `total` into `count` whole parts that differ by one at most, larger first."""
     return [total // count + (i < total % count) for i in range(count)]
 
 
 def stage_names(vit: VisionTransformer, count: int, stage: int) -> list[str]:
-    """The state-dict entries of one of `count` stages; every entry belongs to exactly one stage."""
+    """List the state-dict entries of one of `count` stages; every entry belongs to exactly one stage."""
     blocks = stage_blocks(len(vit.blocks), count)[stage]
 
     def belongs(name: str) -> bool:
@@ -57,10 +58,10 @@ def stage_names(vit: VisionTransformer, count: int, stage: int) -> list[str]:
 def stage_tokens(
     vit: VisionTransformer, x: Tensor, stage: int, count: int, rows: int | None = None
 ) -> Tensor:
-    """Tokens (B, P + N, d) at the end of one of `count` stages, normalised after the last.
+    """Run one of `count` stages; return its tokens (B, P + N, d), normalised after the last stage.
 
-    x: images (B, ch, H, W) for the first stage, the previous stage's tokens for the others. rows: of the
-    last stage only the first so many tokens, (B, rows, d).
+    x: images (B, ch, H, W) for the first stage, the previous stage's tokens for the others. With `rows` the
+    last stage returns only the first so many tokens, (B, rows, d).
     """
     blocks = stage_blocks(len(vit.blocks), count)[stage]
     tokens = x if stage else embed_patches(vit, *kept_patches(vit, x))
@@ -70,39 +71,41 @@ def stage_tokens(
 
 
 def run_stage(vit: VisionTransformer, x: Tensor, stage: int, count: int) -> Tensor:
-    """`stage_tokens`, and after the last stage class logits (B, C): all stages in turn are the ViT."""
+    """Run one stage as `stage_tokens`, the last to class logits (B, C): all stages in a row are the ViT."""
     tokens = stage_tokens(vit, x, stage, count, read_by_head(vit))
     return vit.forward_head(tokens) if stage == count - 1 else tokens
 
 
 def average_adaptor(members: int, width: int) -> nn.Linear:
-    """A linear adaptor K·d -> d that is the average of K members' tokens, until it is trained."""
+    """Make a linear adaptor K·d -> d that averages K members' tokens until it is trained."""
     adaptor = nn.utils.skip_init(nn.Linear, members * width, width)  # draws no random numbers
     with torch.no_grad():
-        adaptor.weight.copy_(torch.eye(width).repeat(1, members) / members)
+        adaptor.weight.copy_(torch.eye(width).repeat(1, members) / members)  # [I … I] / K, (d, K·d)
         adaptor.bias.zero_()
     return adaptor
 
 
 def fuse_tokens(tokens: Tensor, adaptor: nn.Linear | None = None) -> Tensor:
-    """K members' tokens (K, B, T, d) as one (B, T, d): their mean, or the adaptor on them side by side."""
+    """Fuse K members' tokens (K, B, T, d) to (B, T, d): their mean, or the adaptor on them side by side."""
     if adaptor is None:
         return tokens.mean(dim=0)
     return adaptor(tokens.permute(1, 2, 0, 3).flatten(2))  # (B, T, K·d)
 
 
 def adaptor_arrays(adaptor: nn.Linear | None) -> dict[str, Tensor]:
-    """An adaptor's arrays under the names they have in a client's message; none for the average."""
+    """Name an adaptor's arrays as a client's message does, `adaptor.*`; none for the average."""
     return {f"adaptor.{name}": v for name, v in adaptor.state_dict().items()} if adaptor else {}
 
 
 class FusedStages(nn.Module):
-    """K ViTs of one shape that exchange features between stages: member k's stage s reads the fused tokens of
-    all members' stages s − 1. Frozen, in evaluation mode; a forward pass costs K of one model.
+    """K ViTs of one shape that exchange features between stages.
+
+    Stage s of every member reads the fused tokens of all members' stages s − 1. The module is frozen and in
+    evaluation mode; a forward pass costs as much as those of K models.
     """
 
     def __init__(self, members: Sequence[VisionTransformer], settings: FuseflSettings) -> None:
-        """Raises BadInput when settings.stages is more than the members' blocks."""
+        """Take the members without a copy; BadInput when settings.stages is more than their blocks."""
         super().__init__()
         count, self.stages = len(members), settings.stages
         stage_blocks(len(members[0].blocks), self.stages)

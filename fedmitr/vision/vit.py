@@ -1,8 +1,8 @@
-"""The model: a timm Vision Transformer seen token by token, on any subset of its patches.
+"""Models are built here: ViT-Micro and timm's Vision Transformers, their weights and the pixels they expect.
 
-Every function takes a plain timm `VisionTransformer`; nothing of timm is copied or subclassed.
-A subset is given by patch indices in row-major order of the patch grid. Patches that are left
-out cost nothing: they are neither embedded nor attended to.
+A model is a plain timm `VisionTransformer`; nothing of timm is copied or subclassed. It needs a CLS token, an
+absolute position embedding and patches cut straight from the image, so that any subset of patches can be
+embedded on its own (`vision.tokens`).
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from ..core.paths import shipped
 from ..settings.schema import ModelSettings
 
 VIT_MICRO = dict(img_size=24, patch_size=4, in_chans=1, embed_dim=96, depth=4, num_heads=3, mlp_ratio=2)
-# The shipped models, all pretrained on letters; the others are for clients whose ViTs differ.
+# The shipped models, all pretrained on letters; the last two are for clients whose ViTs differ.
 MICROS = {
     "vit_micro": VIT_MICRO,
     "vit_micro_patch6": VIT_MICRO | dict(patch_size=6),
@@ -38,13 +38,13 @@ def create_vit(
     image_size: int | None = None,
     in_chans: int | None = None,
 ) -> VisionTransformer:
-    """The shared initial model (method step 0): a ViT-Micro, or any timm ViT by its timm name.
+    """Build the shared initial model (method step 0): one of `MICROS`, or any timm ViT by its timm name.
 
-    pretrained loads the shipped letter weights for `vit_micro` and its kin (`MICROS`) and timm's published
-    weights for every other name; checkpoint loads a local safetensors file instead. A classifier whose class
-    count differs is replaced by a fresh one, the same in every process. Raises BadInput for an
-    unknown name, a model that is no timm VisionTransformer, an image size that is not a multiple
-    of the patch, a download that fails, and a checkpoint that does not fit.
+    pretrained loads the shipped letter weights for the `MICROS` and timm's published weights for every other
+    name; checkpoint loads a local safetensors file instead. A classifier whose class count differs is
+    replaced by a fresh one, the same in every process. Without `pretrained` nothing is read from the network.
+    Raises BadInput for an unknown name, a model that is no plain VisionTransformer, an image size that is not
+    a multiple of the patch, a download that fails, and a checkpoint that does not fit.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -61,12 +61,12 @@ def create_vit(
 
 
 def letter_weights(name: str) -> Path:
-    """The shipped weights of a ViT-Micro."""
+    """Return the path of a ViT-Micro's shipped weights."""
     return shipped(f"data/{name}_letters.safetensors")
 
 
 def shared_vit(settings: ModelSettings, num_classes: int) -> VisionTransformer:
-    """The shared initial model that settings ask for; BadInput as `create_vit`."""
+    """Build the shared initial model that the settings name; BadInput as `create_vit`."""
     return create_vit(
         settings.name,
         num_classes,
@@ -77,10 +77,10 @@ def shared_vit(settings: ModelSettings, num_classes: int) -> VisionTransformer:
 
 
 def client_vit(initial: VisionTransformer, settings: ModelSettings) -> VisionTransformer:
-    """Another shared model, for a client whose architecture differs, that takes the initial one's images.
+    """Build the initial model of a client whose architecture differs; it takes the shared model's images.
 
-    Its size, channels, classes and normalisation of pixels are the initial model's. Raises BadInput as
-    `create_vit`, naming `client.models`.
+    Image size, channels, classes and normalisation of pixels are those of `initial`; weights are those that
+    the settings name. Raises BadInput as `create_vit` and `renormalise`, naming `client.models`.
     """
     vit = vit_beside(initial, settings.name, settings.pretrained)
     try:
@@ -90,7 +90,11 @@ def client_vit(initial: VisionTransformer, settings: ModelSettings) -> VisionTra
 
 
 def vit_beside(initial: VisionTransformer, name: str, pretrained: bool = False) -> VisionTransformer:
-    """A model with the classes and for the size and channels of images of the initial one."""
+    """Build another architecture with the classes, image size and channels of `initial`.
+
+    It still expects pixels normalised by its own statistics. Raises BadInput as `create_vit`, naming
+    `client.models`.
+    """
     embed = initial.patch_embed
     size, channels = embed.img_size[0], embed.proj.in_channels
     try:
@@ -103,11 +107,12 @@ def vit_beside(initial: VisionTransformer, name: str, pretrained: bool = False) 
 
 @torch.no_grad()
 def renormalise(vit: VisionTransformer, stats: tuple[Tensor, Tensor]) -> VisionTransformer:
-    """The same function of the same images, normalised with other stats = mean and std, each (ch, 1, 1).
+    """Change a ViT's patch embedding, in place, for pixels normalised with stats = mean and std, (ch, 1, 1).
 
-    (x − m)/s = x̂·ŝ/s + (m̂ − m)/s for pixels x̂ normalised with m̂ and ŝ: the patch embedding takes it in.
-    Nearly the same where a model of colours sees one channel: timm sums its weights, we average its m and s.
-    Raises BadInput where that needs a bias which the model has not.
+    With the model's own mean m and deviation s, and pixels x̂ normalised with m̂ and ŝ,
+    (x − m)/s = x̂·ŝ/s + (m̂ − m)/s; so the model stays the same function of the image. It is nearly so where a
+    model of colours is given one channel: timm sums its weights, and m and s are averaged here. Raises
+    BadInput where that needs a bias which the model does not have.
     """
     projection = vit.patch_embed.proj
     channels = projection.in_channels
@@ -115,24 +120,24 @@ def renormalise(vit: VisionTransformer, stats: tuple[Tensor, Tensor]) -> VisionT
     if len(own[0]) != channels:
         own = [values.mean().expand(channels) for values in own]
     mean, std = (values.view(-1, 1, 1) for values in own)
-    scale, shift = stats[1] / std, (stats[0] - mean) / std
+    scale, shift = stats[1] / std, (stats[0] - mean) / std  # ŝ/s and (m̂ − m)/s, each (ch, 1, 1)
     if projection.bias is None and shift.any():
         raise BadInput(
             f"{vit.pretrained_cfg.get('architecture')!r} normalises images otherwise than model.name"
         )
     if projection.bias is not None:
-        projection.bias += (projection.weight * shift).sum(dim=(1, 2, 3))
+        projection.bias += (projection.weight * shift).sum(dim=(1, 2, 3))  # weight is (d, ch, p, p)
     projection.weight *= scale
     return vit
 
 
 def normalisation(vit: VisionTransformer) -> tuple[Tensor, Tensor]:
-    """Mean and std (ch, 1, 1) of the pixels that the model expects, from its own configuration."""
+    """Return mean and std, each (ch, 1, 1), with which a model expects its pixels normalised."""
     return tuple(torch.tensor(vit.pretrained_cfg[k]).view(-1, 1, 1) for k in ("mean", "std"))
 
 
 def weights_digest(settings: ModelSettings) -> str:
-    """What the initial weights are: a hash of their file, or the name of timm's published ones."""
+    """Identify the initial weights: by the SHA-256 of their file, or by the name of timm's published ones."""
     path = settings.checkpoint
     if path is None and settings.pretrained and settings.name in MICROS:
         path = letter_weights(settings.name)
@@ -144,6 +149,7 @@ def weights_digest(settings: ModelSettings) -> str:
 def _create_micro(
     name: str, num_classes: int, image_size: int | None, in_chans: int | None
 ) -> VisionTransformer:
+    """Build one of `MICROS`, of its own image size and channels where none are given."""
     shape = dict(MICROS[name])
     shape.update({k: v for k, v in dict(img_size=image_size, in_chans=in_chans).items() if v})
     _check_multiple(name, shape["img_size"], shape["patch_size"])
@@ -156,6 +162,7 @@ def _create_micro(
 def _create_timm(
     name: str, num_classes: int, pretrained: bool, image_size: int | None, in_chans: int | None
 ) -> VisionTransformer:
+    """Build a plain timm ViT, with the published weights if pretrained; BadInput for any other model."""
     if not _known_to_timm(name):
         raise BadInput(
             f"model.name={name!r} is unknown: allowed are {', '.join(MICROS)} and timm's Vision "
@@ -187,15 +194,16 @@ def _create_timm(
 
 
 def _known_to_timm(name: str) -> bool:
+    """Whether timm has an architecture of this name and, after a dot, published weights of that tag."""
     try:
-        timm.get_pretrained_cfg(name)  # raises for an unknown tag after the dot
+        timm.get_pretrained_cfg(name)  # raises for an unknown tag
     except RuntimeError:
         return False
     return timm.is_model(name)
 
 
 def _is_plain(vit: object) -> bool:
-    """Whether a subset of patches can be embedded on its own and CLS attention read off."""
+    """Whether any subset of patches can be embedded on its own and CLS attention read off."""
     return (
         isinstance(vit, VisionTransformer)
         and vit.cls_token is not None
@@ -206,6 +214,7 @@ def _is_plain(vit: object) -> bool:
 
 
 def _check_multiple(name: str, image_size: int, patch: int) -> None:
+    """Raise BadInput unless the image size is a multiple of the patch."""
     if image_size % patch:
         raise BadInput(
             f"model.image_size={image_size} is not a multiple of the patch of {name!r}: "
@@ -214,6 +223,7 @@ def _check_multiple(name: str, image_size: int, patch: int) -> None:
 
 
 def _load_checkpoint(vit: VisionTransformer, path: Path) -> None:
+    """Load a safetensors file into a ViT, all but a head of other shape; BadInput where it does not fit."""
     if not path.is_file():
         raise BadInput(f"model.checkpoint={str(path)!r} does not exist: give a safetensors file")
     try:

@@ -1,4 +1,4 @@
-"""client.py: what training does to the loss, to the shared model and to the upload."""
+"""train.py: what training does to the loss, to the shared model and to the upload."""
 
 import copy
 import math
@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import loud
+from torch import nn
 
 import fedmitr as fm
-from fedmitr.client.train import fedprox, local_loss, local_steps, train_client
-from fedmitr.core.optimizers import make_optimizer, make_schedule
+from fedmitr.client.train import fedprox, fit, local_loss, local_steps, steps_of, train_client
+from fedmitr.core.rng import make_rng
 from fedmitr.settings.schema import ClientSettings
 from fedmitr.vision.tokens import forward_tokens
 
@@ -108,15 +109,15 @@ def test_one_plain_sgd_step_is_the_gradient_times_the_rate(initial, shard):
 def test_local_loss_against_loops(images, smoothing, weight):
     vit = loud(fm.create_vit("vit_micro", 10), seed=1)
     labels = torch.tensor([3, 0, 9])
-    of_cls, of_tokens = forward_tokens(vit, images)
+    class_logits, patch_logits = forward_tokens(vit, images)
 
     def one(logits, y):
         log_p = logits.double().log_softmax(-1)
         return -(1 - smoothing) * log_p[y] - smoothing * log_p.mean()
 
-    expected = sum(one(of_cls[b], labels[b]) for b in range(3)) / 3
+    expected = sum(one(class_logits[b], labels[b]) for b in range(3)) / 3
     if weight:
-        each = [one(of_tokens[b, i], labels[b]) for b in range(3) for i in range(36)]
+        each = [one(patch_logits[b, i], labels[b]) for b in range(3) for i in range(36)]
         expected = expected + weight * sum(each) / len(each)
     settings = ClientSettings(label_smoothing=smoothing, token_weight=weight)
     found = local_loss(vit, images, labels, settings)
@@ -157,39 +158,26 @@ def test_fedprox_holds_a_client_near_the_shared_model(initial, shard):
     assert 0 < held < 0.7 * far
 
 
-# optim.py
+# Several models and a loss of one's own, in the one loop of all local training.
 
 
-def test_only_matrices_are_decayed():
-    vit = fm.create_vit("vit_micro", 10)
-    names = {id(p): n for n, p in vit.named_parameters()}
-    groups = make_optimizer(vit, "adamw", 1e-3, 0.3).param_groups
-    decayed = {names[id(p)] for g in groups if g["weight_decay"] == 0.3 for p in g["params"]}
-    spared = {names[id(p)] for g in groups if g["weight_decay"] == 0 for p in g["params"]}
-    assert decayed | spared == set(names.values()) and not decayed & spared
-    assert {"pos_embed", "cls_token", "head.bias", "norm.weight"} <= spared
-    assert {"head.weight", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= decayed
+def test_models_are_trained_together_on_every_image_once_an_epoch(shard):
+    models, seen = [nn.Linear(576, 3), nn.Linear(3, 10)], []
+    before = [p.clone() for m in models for p in m.parameters()]
+
+    def loss_of(images, labels):
+        seen.append(len(labels))
+        return F.cross_entropy(models[1](models[0](images.flatten(1))), labels)
+
+    settings = ClientSettings(batch_size=25, weight_decay=0.5, augment=0)
+    fit(models, loss_of, shard, settings, epochs=2, rng=make_rng(0))
+    assert seen == [25, 25, 10] * 2
+    assert all(
+        not torch.equal(p, b)
+        for p, b in zip((p for m in models for p in m.parameters()), before, strict=True)
+    )
 
 
-def rates(name, steps):
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    schedule, found = make_schedule(optimizer, name, steps), []
-    for _ in range(steps):
-        found.append(optimizer.param_groups[0]["lr"] / 2)
-        optimizer.step()
-        schedule.step()
-    return found
-
-
-def test_schedules_rise_and_fall_as_they_say():
-    assert rates("constant", 5) == [1.0] * 5
-    cosine = rates("cosine", 10)
-    assert cosine == pytest.approx([0.5 * (1 + math.cos(math.pi * i / 10)) for i in range(10)])
-    cycle = rates("one_cycle", 100)
-    assert cycle[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert cycle[10:] == sorted(cycle[10:], reverse=True) and 0 < cycle[-1] < 0.001
-
-
-@pytest.mark.parametrize("name", ["one_cycle", "cosine", "constant"])
-def test_schedules_of_one_step_move(name):
-    assert rates(name, 1)[0] > 0
+@pytest.mark.parametrize("size, epochs, batch, steps", [(60, 3, 16, 12), (1, 1, 64, 1), (64, 2, 64, 2)])
+def test_steps_are_those_of_whole_passes(size, epochs, batch, steps):
+    assert steps_of(size, epochs, ClientSettings(batch_size=batch)) == steps

@@ -1,7 +1,6 @@
-"""parallel.py: every part once, in as many processes as are asked for, and the same bytes for any number."""
+"""processes.py: every item once, in the given number of processes, and the same bytes with any number."""
 
 import functools
-import importlib
 import os
 import signal
 import sys
@@ -15,13 +14,12 @@ from hypothesis import strategies as st
 import fedmitr as fm
 import fedmitr.core.processes as module
 import fedmitr.experiments.run as experiment
+import fedmitr.methods.fedmitr as pipeline
 from fedmitr import cli
-from fedmitr.core.processes import jobs, parallel
+from fedmitr.core.processes import in_workers, jobs, parallel
 from fedmitr.experiments.compare import compare
-from fedmitr.methods import METHODS
+from fedmitr.methods import METHODS, Method, register
 from fedmitr.settings import Settings
-
-pipeline = importlib.import_module("fedmitr.methods.fedmitr")  # the package's name for it is the method
 
 RUN = Settings.load(
     "smoke",
@@ -81,7 +79,7 @@ def test_one_process_takes_every_item_once_in_order(items):
         assert list(parallel(str, items)) == [(i, str(item)) for i, item in enumerate(items)]
 
 
-def test_one_process_computes_an_item_when_it_is_asked_for(monkeypatch):
+def test_one_process_computes_an_item_when_its_result_is_taken(monkeypatch):
     monkeypatch.setenv("FEDMITR_JOBS", "1")
     done = []
     parts = parallel(done.append, "abc")
@@ -98,15 +96,15 @@ def two(monkeypatch):
     monkeypatch.setenv("FEDMITR_JOBS", "2")
 
 
-def look_around(item):
-    """What a process sees."""
+def surroundings(item):
+    """Return the item, the process and its environment; refuse one item."""
     if item == "bad":
         raise fm.BadInput("item='bad' is refused")
     return item, os.getpid(), os.environ.get("FEDMITR_JOBS"), os.environ.get("FEDMITR_STATIC")
 
 
 def test_two_processes_take_every_item_once_and_start_no_more_of_their_own(two):
-    found = list(parallel(look_around, "abcde"))
+    found = list(parallel(surroundings, "abcde"))
     assert sorted((index, said[0]) for index, said in found) == list(enumerate("abcde"))
     processes = {pid for _, (_, pid, _, _) in found}
     assert len(processes) <= 2 and os.getpid() not in processes
@@ -114,14 +112,44 @@ def test_two_processes_take_every_item_once_and_start_no_more_of_their_own(two):
 
 
 def test_one_item_is_computed_here(two):
-    ((index, (item, pid, told, _)),) = parallel(look_around, ["only"])
+    ((index, (item, pid, told, _)),) = parallel(surroundings, ["only"])
     assert (index, item, pid, told) == (0, "only", os.getpid(), "2")
 
 
 def test_bad_input_in_a_worker_arrives_as_bad_input(two, one_line):
     with pytest.raises(fm.BadInput) as error:
-        list(parallel(look_around, ["a", "bad", "c"]))
+        list(parallel(surroundings, ["a", "bad", "c"]))
     one_line(error.value, "item='bad'")
+
+
+NOTES: dict[str, int] = {}
+
+
+def note(name, number):
+    NOTES[name] = number
+
+
+def read_note(name):
+    """Return the note of a name in this process, and its number of processes as the call found it."""
+    return NOTES.get(name), os.getpid(), os.environ.get("FEDMITR_JOBS")
+
+
+def test_workers_are_told_what_is_registered_here(two, monkeypatch):
+    monkeypatch.setattr(module, "_IN_WORKERS", [])
+    in_workers(note, "one", 1)
+    in_workers(note, "two", 2)
+    in_workers(note, "one", 11)  # calls are made in their order
+    found = dict(parallel(read_note, ["one", "two", "three"]))
+    assert [found[k][0] for k in range(3)] == [11, 2, None] and NOTES == {}
+    assert os.getpid() not in {pid for _, pid, _ in found.values()}
+
+
+def test_a_call_is_made_in_the_worker_before_its_work(monkeypatch):
+    for name in ("FEDMITR_JOBS", "FEDMITR_STATIC", "FEDMITR_BACKEND", "FEDMITR_CLUSTER"):
+        monkeypatch.setenv(name, "2")  # restored after the test
+    monkeypatch.setitem(NOTES, "one", 0)
+    assert module._in_worker(0, [(note, ("one", 7))], read_note, 3, "one") == (3, (7, os.getpid(), "1"))
+    assert module._in_worker(os.getpid(), [(note, ("one", 8))], read_note, 3, "one")[1][0] == 7  # no worker
 
 
 def files(root):
@@ -148,7 +176,9 @@ def test_compare_gives_the_same_table_in_one_process_or_two_with_methods_of_your
     def mine(uploads, settings, store):
         return METHODS["fedavg"](uploads, settings, store)
 
-    monkeypatch.setitem(METHODS, "mine", mine)
+    monkeypatch.setattr(module, "_IN_WORKERS", [])
+    monkeypatch.setitem(METHODS, "mine", None)  # restored after the test
+    register(Method("mine", mine))
     tables = []
     for processes in ("2", "1"):
         monkeypatch.setenv("FEDMITR_JOBS", processes)
@@ -165,7 +195,7 @@ def test_processes_are_fewer_where_a_container_has_little_memory(limit, expected
     file = tmp_path / "memory.max"
     file.write_text(f"{int(limit)}\n")
     monkeypatch.delenv("FEDMITR_JOBS")
-    monkeypatch.setattr(module, "LIMITS", (str(file), str(tmp_path / "none")))
+    monkeypatch.setattr(module, "MEMORY_LIMITS", (str(file), str(tmp_path / "none")))
     monkeypatch.setattr(module.os, "sysconf", lambda _: 10**6)  # plenty in the machine itself
     monkeypatch.setattr(module.joblib, "cpu_count", lambda: 4)
     monkeypatch.setattr(module, "device", lambda: torch.device("cpu"))
@@ -206,7 +236,7 @@ def dask(dask_cluster, two, monkeypatch):
 
 
 def test_a_dask_cluster_takes_every_item_once_and_starts_no_more(dask):
-    found = list(parallel(look_around, "abcde"))
+    found = list(parallel(surroundings, "abcde"))
     assert sorted((index, said[0]) for index, said in found) == list(enumerate("abcde"))
     assert os.getpid() not in {pid for _, (_, pid, _, _) in found}
     assert {(told, static) for _, (_, _, told, static) in found} == {("1", "1")}
@@ -287,5 +317,5 @@ def test_every_worker_computes_on_a_gpu_of_its_own(process, wanted, monkeypatch)
     monkeypatch.setattr(module.multiprocessing.current_process(), "_name", process)
     for name in ("FEDMITR_JOBS", "FEDMITR_STATIC", "FEDMITR_BACKEND", "FEDMITR_CLUSTER"):
         monkeypatch.setenv(name, "1")  # restored after the test
-    assert module._alone(0, str, 5, 7) == (5, "7") and chosen == [wanted]
-    assert module._alone(os.getpid(), str, 5, 7) == (5, "7") and len(chosen) == 1  # no worker
+    assert module._in_worker(0, [], str, 5, 7) == (5, "7") and chosen == [wanted]
+    assert module._in_worker(os.getpid(), [], str, 5, 7) == (5, "7") and len(chosen) == 1  # no worker

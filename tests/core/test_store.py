@@ -62,7 +62,7 @@ def test_a_full_disk_is_not_swallowed(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from fedmitr.store import Store
+from fedmitr.core.store import Store
 
 def write(folder):
     (folder / "a.txt").write_text("half")
@@ -180,7 +180,7 @@ def test_an_address_does_not_depend_on_the_order_of_names_but_on_that_of_parts()
 )
 def test_an_address_changes_with_the_libraries_and_the_format(what, value, monkeypatch):
     before = fingerprint("x")
-    monkeypatch.setattr(f"fedmitr.store.{what}", value)
+    monkeypatch.setattr(f"fedmitr.core.store.{what}", value)
     assert fingerprint("x") != before
 
 

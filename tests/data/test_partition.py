@@ -139,6 +139,20 @@ def test_what_cannot_be_dealt_is_one_line(options, name, one_line):
     one_line(error.value, name)
 
 
+def test_other_numbers_of_clients_than_domains_are_one_line(one_line):
+    domains = torch.arange(40) % 4
+    for count in (3, 5):
+        with pytest.raises(BadInput) as error:
+            partition(domains, PartitionSettings(scheme="domain", clients=count, min_size=1), 0, domains)
+        one_line(error.value, f"partition.clients={count}", "4")
+    with pytest.raises(BadInput) as error:
+        partition(domains, PartitionSettings(scheme="domain", clients=4), 0)
+    one_line(error.value, "partition.scheme='domain'", "office-home")
+    with pytest.raises(BadInput) as error:
+        partition(domains, PartitionSettings(scheme="domain", clients=4), 0, (domains > 0).long() * 3)
+    one_line(error.value, "partition.min_size=10", "0")
+
+
 def test_one_image_each_is_possible():
     shards = partition(LABELS, PartitionSettings(scheme="iid", clients=1200, min_size=1), 0)
     assert {len(s) for s in shards} == {1}

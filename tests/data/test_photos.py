@@ -1,14 +1,13 @@
-"""photos.py: tasks read from files, against torchvision's and PIL's own reading of the same files."""
+"""photos.py: images decoded once and read batch by batch, against torchvision's and PIL's own reading."""
 
 import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from photo_files import GREY, RGB, SIZE, album, draw, experiment, fill, load, parts, rows
+from photo_files import GREY, RGB, SIZE, album, draw, fill, load, parts
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -16,38 +15,11 @@ import fedmitr as fm
 from fedmitr.client.fusefl import FusionClient
 from fedmitr.core.store import Store
 from fedmitr.data import photos
-from fedmitr.data.tasks import stratified_split
 from fedmitr.evaluation.foreground import surviving_patches, token_features
 from fedmitr.evaluation.metrics import accuracy, predict
 from fedmitr.settings.schema import FuseflSettings, TaskSettings
 
-
-@pytest.fixture
-def folder(tmp_path):
-    return fill(tmp_path / "data")
-
-
-# What is read: classes, order, pixels.
-
-
-def test_classes_and_order_are_those_of_image_folder(folder):
-    draw(folder / "bee" / "more" / "x.PNG", 5)
-    draw(folder / "bee" / "0.jpeg", 6)
-    (folder / "bee" / "notes.txt").write_text("no image")
-    (folder / "readme.txt").write_text("no class")
-    theirs = torchvision.datasets.ImageFolder(folder)
-    listing, _ = photos.list_folders(TaskSettings(name="image-folder", data_dir=str(folder)))
-    assert listing.classes == theirs.classes == ["ant", "bee", "cat"]
-    assert [folder / name for name in listing.names] == [Path(path) for path, _ in theirs.samples]
-    assert listing.labels == theirs.targets and len(theirs) == 32
-    assert photos.num_classes(TaskSettings(name="image-folder", data_dir=str(folder))) == 3
-
-
-def test_hidden_files_and_folders_are_not_read(folder):
-    draw(folder / ".checkpoints" / "0.png", 1)
-    (folder / "ant" / "._0.png").write_bytes(b"resource fork")
-    listing, _ = photos.list_folders(TaskSettings(name="image-folder", data_dir=str(folder)))
-    assert listing.classes == ["ant", "bee", "cat"] and len(listing.names) == 30
+# Pixels.
 
 
 @pytest.mark.parametrize("mode, stats", [("RGB", RGB), ("L", GREY)])
@@ -138,7 +110,7 @@ class Fence:
         return self.pixels[rows]
 
 
-def test_nothing_is_read_but_what_is_asked_for(folder):
+def test_nothing_is_read_but_what_is_indexed(folder):
     whole = album(folder)
     assert isinstance(whole.images.pixels, np.memmap) and whole.images.pixels.dtype == np.uint8
     fence = Fence(whole.images.pixels)
@@ -197,7 +169,7 @@ def test_photos_are_measured_as_the_tensor_is(shared):
     assert torch.equal(*left)
 
 
-# The cache.
+# The decoded images in the store.
 
 
 def test_a_second_load_decodes_nothing(folder, tmp_path, forbid):
@@ -312,95 +284,3 @@ def readable(path):
     except Exception:
         return False
     return True
-
-
-# Splits.
-
-
-def test_a_folder_of_classes_is_split_like_digits_are(folder):
-    task = load(folder, seed=3, validation=0.2, test=0.3)
-    labels = np.repeat([0, 1, 2], 10)
-    wanted = stratified_split(labels, 0.2, 0.3, seed=3)
-    assert [rows(p) for p in parts(task)] == [w.tolist() for w in wanted]
-    assert sorted(row for part in parts(task) for row in rows(part)) == list(range(30))
-    assert all(torch.equal(p.labels, torch.tensor(labels[rows(p)])) for p in parts(task))
-    assert torch.bincount(task.test.labels).tolist() == [3, 3, 3]
-    assert task.train.foreground is None and task.train.domains is None
-
-
-def test_the_seed_fixes_the_splits(folder):
-    one, again, other = (load(folder, seed=seed, limit=3) for seed in (4, 4, 5))
-    assert [rows(p) for p in parts(one)] == [rows(p) for p in parts(again)]
-    assert all(rows(a) != rows(b) for a, b in zip(parts(one), parts(other), strict=True))
-
-
-def test_a_test_folder_stays_the_test_part(tmp_path):
-    fill(tmp_path / "train")
-    fill(tmp_path / "test", each=4)
-    one, other = (load(tmp_path, seed=seed, test=0.9, validation=0.3) for seed in (0, 1))
-    names = photos.list_folders(TaskSettings(name="image-folder", data_dir=str(tmp_path)))[0].names
-    for task in (one, other):
-        assert [names[row].split("/")[0] for row in rows(task.test)] == ["test"] * 12
-        assert {names[row].split("/")[0] for p in parts(task)[:2] for row in rows(p)} == {"train"}
-        assert torch.bincount(task.validation.labels).tolist() == [3, 3, 3] and len(task.train) == 21
-    assert rows(one.validation) != rows(other.validation)
-
-
-def test_a_class_may_be_called_train(tmp_path):
-    fill(tmp_path, classes=("bus", "train"))
-    assert load(tmp_path).classes == ("bus", "train")
-
-
-@pytest.mark.parametrize("name", ["image-folder", "digits"])
-def test_limit_draws_training_images_of_each_class_and_leaves_the_rest(folder, name):
-    def some(limit, seed=1):
-        if name == "digits":
-            return fm.load_task(TaskSettings(limit=limit), seed, 24, GREY)
-        return load(folder, seed=seed, limit=limit)
-
-    whole, four, two, other = some(None), some(4), some(2), some(4, seed=2)
-    for task, limit in ((four, 4), (two, 2), (other, 4)):
-        assert set(torch.bincount(task.train.labels).tolist()) == {limit}
-    for a, b in zip(parts(whole)[1:], parts(four)[1:], strict=True):
-        assert torch.equal(a.images[:], b.images[:])
-    sets = [{image.numpy().tobytes() for image in t.train.images[:]} for t in (two, four, whole, other)]
-    assert sets[0] < sets[1] < sets[2] and sets[3] != sets[1]
-    first = [(whole.train.labels == c).nonzero()[:2, 0] for c in range(3)]
-    assert not sets[0] >= {i.numpy().tobytes() for i in whole.train.images[torch.cat(first)]}  # drawn
-
-
-# In an experiment.
-
-
-def test_a_run_on_a_folder_and_again_from_the_store(folder, tmp_path, forbid):
-    first = experiment(folder, tmp_path / "store")
-    assert first.initial.num_classes == 3 and first.task.train.images.shape[1:] == (1, 24, 24)
-    result = first.result("fedavg")
-    assert len(result.accuracy_per_class) == 3 and 0 <= result.accuracy <= 1
-    forbid(photos, "decode")
-    forbid(fm.experiment, "train_client")
-    assert experiment(folder, tmp_path / "store").result("fedavg") == result
-    shutil.copytree(folder, tmp_path / "moved")
-    moved = experiment(tmp_path / "moved", tmp_path / "store")
-    assert [u.digest for u in moved.uploads] == [u.digest for u in first.uploads]
-
-
-def test_a_changed_folder_trains_anew(folder, tmp_path):
-    before = experiment(folder, tmp_path / "store")
-    keys = [before.upload_key(0), before.central_key]
-    draw(folder / "bee" / "3.png", 99)
-    after = experiment(folder, tmp_path / "store")
-    assert keys[0] != after.upload_key(0) and keys[1] != after.central_key
-    assert keys == [before.upload_key(0), before.central_key]  # what is loaded stays what it was
-
-
-def test_a_timm_model_gets_colour_at_its_own_size(folder, tmp_path):
-    given = {"model.name": "deit_tiny_patch16_224", "model.pretrained": False, "model.image_size": 32}
-    deit = experiment(folder, tmp_path / "store", **given, **{"client.batch_size": 4, "task.limit": 2})
-    assert deit.task.train.images.shape == (6, 3, 32, 32)
-    image = Image.open(folder / "ant" / "0.png").resize((32, 32), Image.Resampling.BILINEAR)
-    mean, std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    whole = album(folder, size=32, stats=deit.task.stats).images
-    by_hand = v2.Normalize(mean, std)(v2.functional.to_image(image) / 255)
-    torch.testing.assert_close(whole[0], by_hand, atol=1e-5, rtol=1e-5)
-    assert deit.uploads[0].size + deit.uploads[1].size == 6

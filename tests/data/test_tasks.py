@@ -1,31 +1,28 @@
-"""tasks.py and scenes.py: splits, scenes and their true foreground."""
+"""tasks.py: what a task holds, how it is split, and runs on it."""
+
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from photo_files import GREY, album, draw, experiment, fill, load, parts, rows
+from PIL import Image
 from sklearn.datasets import load_digits
+from torchvision.transforms import v2
 
 import fedmitr as fm
-from fedmitr.data.scenes import compose
+import fedmitr.experiments.run as run
+from fedmitr.data import photos
+from fedmitr.data.image_sets import IMAGE_SETS
 from fedmitr.data.tasks import stratified_split
 from fedmitr.settings.schema import TaskSettings
-from fedmitr.vision.augment import random_affine, texture
-from fedmitr.vision.patches import patch_share
-
-STATS = (torch.zeros(1, 1, 1), torch.ones(1, 1, 1))  # pixels as they are, in [0, 1]
 
 
-def load(seed=0, size=24, stats=STATS, **options):
-    return fm.load_task(TaskSettings(**options), seed, size, stats)
+def load_digits_task(seed=0, **options):
+    return fm.load_task(TaskSettings(**options), seed, 24, GREY)
 
 
-def parts(task):
-    return (task.train, task.validation, task.test)
-
-
-@pytest.fixture(scope="module")
-def plain():
-    return load(name="digits-plain")
+# Digits.
 
 
 def test_every_digit_is_in_one_split_and_none_twice():
@@ -44,12 +41,12 @@ def test_splits_are_stratified():
 
 def test_a_split_that_leaves_no_training_images_is_one_line(one_line):
     with pytest.raises(fm.BadInput) as error:
-        load(validation=0.5, test=0.5)
+        load_digits_task(validation=0.5, test=0.5)
     one_line(error.value, "task.validation=0.5", "task.test=0.5")
 
 
 def test_the_seed_fixes_everything_and_another_changes_it():
-    one, again, other = load(seed=4), load(seed=4), load(seed=5)
+    one, again, other = load_digits_task(seed=4), load_digits_task(seed=4), load_digits_task(seed=5)
     for a, b, c in zip(parts(one), parts(again), parts(other), strict=True):
         assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
         assert torch.equal(a.foreground, b.foreground)
@@ -57,111 +54,118 @@ def test_the_seed_fixes_everything_and_another_changes_it():
         assert not torch.equal(a.labels, c.labels)
 
 
-def test_all_1797_digits_are_there_with_their_labels(plain):
-    labels = torch.cat([p.labels for p in parts(plain)])
+def test_all_1797_digits_are_there_with_their_labels():
+    task = load_digits_task()
+    labels = torch.cat([p.labels for p in parts(task)])
     assert len(labels) == 1797
     assert torch.bincount(labels).tolist() == np.bincount(load_digits().target).tolist()
-    assert plain.classes == tuple("0123456789")
+    assert task.classes == tuple("0123456789")
 
 
-def test_labels_belong_to_their_images(plain):
-    """Rendered digits look like the mean image of their own class more than of any other."""
-    images = torch.cat([p.images for p in parts(plain)]).flatten(1)
-    labels = torch.cat([p.labels for p in parts(plain)])
-    means = torch.stack([images[labels == c].mean(0) for c in range(10)])
-    nearest = torch.cdist(images, means).argmin(dim=1)
-    assert (nearest == labels).double().mean() > 0.35  # chance 0.1
-
-
-def test_foreground_is_where_a_clutter_free_image_is_bright(plain):
-    for part in parts(plain):
-        # ink·brightness, ink at least 1/2 on the foreground, brightness 0.8 to 1
-        inside = part.foreground.bool()
-        assert (part.images[inside] >= 0.4 - 1e-6).all()
-        assert (part.images[~inside] <= 0.5).all()
-        brightest = part.images.amax(dim=(1, 2, 3))
-        assert ((brightest >= 0.7) & (brightest <= 1 + 1e-6)).all()
-
-
-def test_the_plain_task_has_a_black_background_and_the_other_has_not(plain):
-    corner = plain.train.images[..., 0, 0]
-    assert (corner == 0).double().mean() > 0.99
-    cluttered = load().train
-    assert (cluttered.images[..., 0, 0] == 0).double().mean() < 0.1
-    assert cluttered.images[..., 0, 0].max() <= 0.5 + 1e-6
-
-
-def test_both_tasks_place_the_same_digits(plain):
-    cluttered = load()
-    assert torch.equal(cluttered.train.foreground, plain.train.foreground)
-    assert torch.equal(cluttered.train.labels, plain.train.labels)
-
-
-def test_every_digit_shows(plain):
-    for part in parts(plain):
-        assert (part.foreground.sum(dim=(1, 2, 3)) >= 10).all()
-        assert set(part.foreground.unique().tolist()) == {0.0, 1.0}
-
-
-@pytest.mark.parametrize("size, channels", [(24, 3), (32, 1), (40, 3)])
-def test_other_sizes_and_three_channels(size, channels):
-    stats = (torch.linspace(0.1, 0.5, channels).view(-1, 1, 1), torch.full((channels, 1, 1), 0.25))
-    task = load(size=size, stats=stats)
-    assert task.test.images.shape == (450, channels, size, size)
-    assert task.test.foreground.shape == (450, 1, size, size)
-    grey = task.test.images * stats[1] + stats[0]
-    assert grey.min() >= -1e-5 and grey.max() <= 1 + 1e-5
-    assert torch.allclose(grey, grey[:, :1].expand_as(grey), atol=1e-5)
-
-
-def test_a_subset_keeps_columns_together(plain):
+def test_a_subset_keeps_columns_together():
+    test = load_digits_task().test
     index = torch.tensor([5, 2, 2])
-    few = plain.test.subset(index)
+    few = test.subset(index)
     assert len(few) == 3
     for column in ("images", "labels", "foreground"):
-        assert torch.equal(getattr(few, column), getattr(plain.test, column)[index])
+        assert torch.equal(getattr(few, column), getattr(test, column)[index])
 
 
 def test_an_unknown_task_is_one_line(one_line):
     with pytest.raises(fm.BadInput) as error:
-        load(name="cifar")
+        load_digits_task(name="cifar")
     one_line(error.value, "task.name='cifar'", "digits")
 
 
-def test_patch_share_against_a_loop():
-    mask = (torch.rand(3, 1, 12, 8, generator=torch.Generator().manual_seed(0)) > 0.5).float()
-    brute = [
-        [image[0, r : r + 4, c : c + 4].sum().item() / 16 for r in range(0, 12, 4) for c in range(0, 8, 4)]
-        for image in mask
-    ]
-    assert torch.allclose(patch_share(mask, 4), torch.tensor(brute))
+# Images in files.
 
 
-def test_texture_is_smooth_and_in_range():
-    smooth = texture(50, 24, torch.Generator().manual_seed(0))
-    assert smooth.shape == (50, 1, 24, 24) and smooth.min() >= 0 and smooth.max() <= 1
-    steps = (smooth[..., 1:] - smooth[..., :-1]).abs()
-    assert steps.max() < 0.25 and smooth.std() > 0.1
+def test_a_folder_of_classes_is_split_like_digits_are(folder):
+    task = load(folder, seed=3, validation=0.2, test=0.3)
+    labels = np.repeat([0, 1, 2], 10)
+    wanted = stratified_split(labels, 0.2, 0.3, seed=3)
+    assert [rows(p) for p in parts(task)] == [w.tolist() for w in wanted]
+    assert sorted(row for part in parts(task) for row in rows(part)) == list(range(30))
+    assert all(torch.equal(p.labels, torch.tensor(labels[rows(p)])) for p in parts(task))
+    assert torch.bincount(task.test.labels).tolist() == [3, 3, 3]
+    assert task.train.foreground is None and task.train.domains is None
 
 
-def test_compose_blends_linearly():
-    ink = torch.tensor([0.0, 0.5, 1.0]).view(1, 1, 1, 3)
-    mixed = compose(ink, torch.full((1, 1, 1, 3), 0.2), torch.full((1, 1, 1, 1), 0.9))
-    assert mixed.flatten().tolist() == pytest.approx([0.2, 0.55, 0.9])
+def test_the_seed_fixes_the_splits(folder):
+    one, again, other = (load(folder, seed=seed, limit=3) for seed in (4, 4, 5))
+    assert [rows(p) for p in parts(one)] == [rows(p) for p in parts(again)]
+    assert all(rows(a) != rows(b) for a, b in zip(parts(one), parts(other), strict=True))
 
 
-def test_an_affine_map_is_the_inverse_of_scale_then_rotate_then_shift():
-    rng = torch.Generator().manual_seed(0)
-    maps = random_affine(20, rng, scale=(0.5, 0.8), degrees=30, shift=0.3, shear=0.0).double()
-    linear, offset = maps[:, :, :2], maps[:, :, 2]
-    size = torch.linalg.det(linear) ** -0.5
-    assert ((size >= 0.5 - 1e-5) & (size <= 0.8 + 1e-5)).all()
-    rotation = linear * size[:, None, None]
-    close = torch.allclose(
-        rotation @ rotation.transpose(1, 2), torch.eye(2).double().expand(20, 2, 2), atol=1e-5
-    )
-    assert close
-    angle = torch.atan2(rotation[:, 0, 1], rotation[:, 0, 0]).rad2deg()
-    assert angle.abs().max() <= 30 + 1e-4 and angle.std() > 5
-    centre = torch.linalg.solve(linear, -offset)  # output point that looks at the glyph's centre
-    assert centre.abs().max() <= 0.3 + 1e-5 and centre.std() > 0.05
+def test_a_test_folder_stays_the_test_part(tmp_path):
+    fill(tmp_path / "train")
+    fill(tmp_path / "test", each=4)
+    one, other = (load(tmp_path, seed=seed, test=0.9, validation=0.3) for seed in (0, 1))
+    names = IMAGE_SETS["image-folder"].list_files(TaskSettings(data_dir=str(tmp_path))).names
+    for task in (one, other):
+        assert [names[row].split("/")[0] for row in rows(task.test)] == ["test"] * 12
+        assert {names[row].split("/")[0] for p in parts(task)[:2] for row in rows(p)} == {"train"}
+        assert torch.bincount(task.validation.labels).tolist() == [3, 3, 3] and len(task.train) == 21
+    assert rows(one.validation) != rows(other.validation)
+
+
+@pytest.mark.parametrize("name", ["image-folder", "digits"])
+def test_limit_draws_training_images_of_each_class_and_leaves_the_rest(folder, name):
+    def some(limit, seed=1):
+        if name == "digits":
+            return load_digits_task(seed, limit=limit)
+        return load(folder, seed=seed, limit=limit)
+
+    whole, four, two, other = some(None), some(4), some(2), some(4, seed=2)
+    for task, limit in ((four, 4), (two, 2), (other, 4)):
+        assert set(torch.bincount(task.train.labels).tolist()) == {limit}
+    for a, b in zip(parts(whole)[1:], parts(four)[1:], strict=True):
+        assert torch.equal(a.images[:], b.images[:])
+    sets = [{image.numpy().tobytes() for image in t.train.images[:]} for t in (two, four, whole, other)]
+    assert sets[0] < sets[1] < sets[2] and sets[3] != sets[1]
+    first = [(whole.train.labels == c).nonzero()[:2, 0] for c in range(3)]
+    assert not sets[0] >= {i.numpy().tobytes() for i in whole.train.images[torch.cat(first)]}  # drawn
+
+
+@pytest.mark.parametrize("options", [dict(validation=0.01), dict(validation=0.5, test=0.5)])
+def test_shares_that_leave_a_class_nothing_are_one_line(options, folder, one_line):
+    with pytest.raises(fm.BadInput) as error:
+        load(folder, **options)
+    one_line(error.value, f"task.validation={options['validation']}")
+
+
+# In an experiment.
+
+
+def test_a_run_on_a_folder_and_again_from_the_store(folder, tmp_path, forbid):
+    first = experiment(folder, tmp_path / "store")
+    assert first.initial.num_classes == 3 and first.task.train.images.shape[1:] == (1, 24, 24)
+    result = first.result("fedavg")
+    assert len(result.accuracy_per_class) == 3 and 0 <= result.accuracy <= 1
+    forbid(photos, "decode")
+    forbid(run, "train_client")
+    assert experiment(folder, tmp_path / "store").result("fedavg") == result
+    shutil.copytree(folder, tmp_path / "moved")
+    moved = experiment(tmp_path / "moved", tmp_path / "store")
+    assert [u.digest for u in moved.uploads] == [u.digest for u in first.uploads]
+
+
+def test_a_changed_folder_trains_anew(folder, tmp_path):
+    before = experiment(folder, tmp_path / "store")
+    keys = [before.upload_key(0), before.central_key]
+    draw(folder / "bee" / "3.png", 99)
+    after = experiment(folder, tmp_path / "store")
+    assert keys[0] != after.upload_key(0) and keys[1] != after.central_key
+    assert keys == [before.upload_key(0), before.central_key]  # what is loaded stays what it was
+
+
+def test_a_timm_model_gets_colour_at_its_own_size(folder, tmp_path):
+    given = {"model.name": "deit_tiny_patch16_224", "model.pretrained": False, "model.image_size": 32}
+    deit = experiment(folder, tmp_path / "store", **given, **{"client.batch_size": 4, "task.limit": 2})
+    assert deit.task.train.images.shape == (6, 3, 32, 32)
+    image = Image.open(folder / "ant" / "0.png").resize((32, 32), Image.Resampling.BILINEAR)
+    mean, std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    whole = album(folder, size=32, stats=deit.task.stats).images
+    by_hand = v2.Normalize(mean, std)(v2.functional.to_image(image) / 255)
+    torch.testing.assert_close(whole[0], by_hand, atol=1e-5, rtol=1e-5)
+    assert deit.uploads[0].size + deit.uploads[1].size == 6

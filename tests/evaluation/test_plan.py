@@ -3,16 +3,18 @@
 import pytest
 import timm
 import torch
+from helpers import registrations_taken_back
 from PIL import Image
 
 import fedmitr as fm
+from fedmitr.core.errors import BadInput
 from fedmitr.evaluation.bench import random_uploads
-from fedmitr.evaluation.flops import forward_flops, image_flops, one_pass
-from fedmitr.evaluation.plan import Costs, model_costs, plan, plan_table, training_images
-from fedmitr.methods import METHODS
+from fedmitr.evaluation.flops import one_pass
+from fedmitr.evaluation.plan import ModelCosts, model_costs, plan, plan_table, training_images
+from fedmitr.methods import METHODS, Method, Outcome, Work, register
 from fedmitr.server.inversion import remaining
 from fedmitr.settings import Settings
-from fedmitr.settings.schema import EnsembleSettings, TaskSettings
+from fedmitr.settings.schema import TaskSettings
 
 GENERATORS = ("fdafl", "dense", "co_boosting", "fedftg")
 
@@ -24,29 +26,6 @@ def vit():
 
 def stages(method, overrides=None):
     return {s.stage: s for s in plan(method, Settings.load("laptop", overrides))}
-
-
-@pytest.mark.parametrize("name", ["vit_micro", "deit_tiny_patch16_224"])
-def test_an_answer_costs_what_the_closed_form_says(name):
-    real = fm.create_vit(name, 10)
-    for patches in (5, real.patch_embed.num_patches):
-        answer = one_pass(real.to("meta"), patches)
-        assert answer.flops == pytest.approx(forward_flops(real, patches), rel=1e-3) and answer.kept == 0
-
-
-def test_the_gradient_of_an_image_costs_what_it_costs_on_the_cpu(vit):
-    ensemble = fm.Ensemble(random_uploads("vit_micro", None, 1), EnsembleSettings(mode="mean_logits"))
-    for patches in (6, 36):
-        assert one_pass(vit, patches, "image").flops == pytest.approx(
-            image_flops(ensemble, patches), rel=1e-3
-        )
-
-
-def test_gradients_keep_activations_and_those_of_weights_more(vit):
-    image, weights = (one_pass(vit, 36, wanted) for wanted in ("image", "weights"))
-    tokens = 4 * 37 * 96  # bytes of all tokens once
-    assert 4 * tokens < image.kept < weights.kept
-    assert one_pass(vit, 18, "image").kept < image.kept
 
 
 @pytest.mark.parametrize("teacher", ["owners", "ensemble"])
@@ -71,14 +50,14 @@ def test_more_stopped_patches_cost_less_and_all_stages_more_images_more():
 
 
 def test_distillation_is_labels_for_every_view_and_a_step_for_every_batch(vit):
-    costs, found = Costs.of(vit), stages("fedmitr")
+    costs, found = ModelCosts.of(vit), stages("fedmitr")
     settings = Settings.load("laptop")
     images, views = settings.inversion.images, settings.distill.views
     seen = images * views + 4 * images  # four views of each to calibrate
-    assert found["labels"].flops == seen * 5 * costs.answer.flops
-    assert found["student"].flops == 400 * 64 * costs.to_weights.flops
+    assert found["labels"].flops == seen * 5 * costs.forward.flops
+    assert found["student"].flops == 400 * 64 * costs.grad_weights.flops
     fresh = stages("fedmitr", {"distill.views": 0, "distill.calibrate": 0})["labels"]
-    assert fresh.flops == 400 * 64 * 5 * costs.answer.flops
+    assert fresh.flops == 400 * 64 * 5 * costs.forward.flops
     assert fresh.memory < found["labels"].memory
 
 
@@ -104,12 +83,12 @@ def test_every_method_has_a_plan_whose_sum_stands_below(method):
 def test_a_plan_loads_no_weights_and_reads_no_images(monkeypatch):
     monkeypatch.setattr("fedmitr.vision.vit._load_checkpoint", lambda *_: pytest.fail("loaded weights"))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("downloaded"))
-    create, asked = timm.create_model, []
+    create, created = timm.create_model, []
     model_costs.cache_clear()
-    monkeypatch.setattr(timm, "create_model", lambda *a, **o: asked.append(o) or create(*a, **o))
+    monkeypatch.setattr(timm, "create_model", lambda *a, **o: created.append(o) or create(*a, **o))
     assert Settings.load("paper").model.pretrained and plan("fedmitr", Settings.load("paper"))
     assert plan("fedmitr", Settings.load("laptop"))  # whose weights are shipped
-    assert asked and not any(options.get("pretrained") for options in asked)
+    assert created and not any(options.get("pretrained") for options in created)
 
 
 @pytest.mark.parametrize("method", GENERATORS)
@@ -137,5 +116,57 @@ def test_images_of_a_folder_are_counted_as_they_are_split(split, tmp_path):
 def test_the_plan_counts_the_images_that_the_clients_hold():
     experiment = fm.Experiment(Settings.load("laptop"))
     assert training_images(experiment.settings.task) == len(experiment.task.train)
-    flops = Costs.of(fm.create_vit("vit_micro", 10)).to_weights.flops
+    flops = ModelCosts.of(fm.create_vit("vit_micro", 10)).grad_weights.flops
     assert stages("fedavg")["clients"].flops == 15 * len(experiment.task.train) * flops
+
+
+# A method that a user adds.
+
+
+@pytest.fixture
+def add_method():
+    """Registers a method named `mine` for one test; the record's other fields are given."""
+    with registrations_taken_back():
+        yield lambda **fields: register(Method("mine", run=lambda *_: Outcome([]), **fields))
+
+
+def test_a_users_method_without_work_is_a_distillation_with_the_common_budget(add_method):
+    add_method()  # of the family "synthetic images"
+    mine, ours = stages("mine"), stages("fedmitr", {"distill.calibrate": 0})
+    assert list(mine) == ["clients", "labels", "student"]
+    assert all(mine[name] == ours[name] for name in mine)
+
+
+@pytest.mark.parametrize("family", ["average", "statistics", "fusion", "reference"])
+def test_a_users_method_of_another_family_trains_clients_and_sends_uploads(family, add_method):
+    add_method(family=family)
+    assert stages("mine") == stages("fedavg")
+
+
+def test_a_users_method_that_says_its_work_is_planned_by_it(add_method):
+    settings = Settings.load("laptop")
+    add_method(
+        work=lambda s: Work(images=9, inversion=s.inversion, student_inverted=True, student_steps=3, group=2)
+    )
+    mine = stages("mine", {"partition.clients": 5})
+    assert list(mine) == ["clients", "groups", "inversion", "labels", "student"]
+    assert mine["inversion"].what.startswith("9 images") and mine["student"].what.startswith("3 steps")
+    alone = stages("fedmitr", {"partition.clients": 3, "inversion.images": 9})["inversion"]  # three groups
+    student = 9 * settings.inversion.iterations * model_costs("vit_micro", 10, None).grad_image.flops
+    assert mine["inversion"].flops == alone.flops + student
+
+
+def test_work_with_groups_and_nothing_else_is_planned(add_method):
+    add_method(work=lambda _: Work(group=2))
+    assert list(stages("mine")) == ["clients", "groups"] and stages("mine")["groups"].flops == 0
+
+
+def test_what_a_method_refuses_has_no_plan(add_method, one_line):
+    add_method(family="average", averages=True)
+    mixed = {"client.models": ["vit_micro", "vit_micro_deep"], "distill.start": "initial"}
+    with pytest.raises(BadInput) as error:
+        stages("mine", mixed)
+    one_line(error.value, "mine", "architecture")
+    with pytest.raises(BadInput) as error:
+        stages("unknown")
+    one_line(error.value, "unknown", "fedmitr")

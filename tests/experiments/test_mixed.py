@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import loud
-from test_cli import TINY, answer, fedmitr
+from helpers import SMALL_OPTIONS, call_cli, loud, read_cli
 
 import fedmitr as fm
 from fedmitr.evaluation.foreground import surviving_patches
@@ -23,7 +22,13 @@ from fedmitr.vision.tokens import forward_tokens, images_at_once
 from fedmitr.vision.vit import client_vit, normalisation, renormalise
 
 NAMES = ("vit_micro", "vit_micro_patch6", "vit_micro_deep")
-MIXED = [*TINY, "--set", "client.models=[vit_micro_patch6,vit_micro]", "--set", "distill.start=initial"]
+MIXED = [
+    *SMALL_OPTIONS,
+    "--set",
+    "client.models=[vit_micro_patch6,vit_micro]",
+    "--set",
+    "distill.start=initial",
+]
 
 
 def upload_of(client, name, counts=(1,) * 10):
@@ -61,7 +66,7 @@ def test_a_subset_hides_the_rest_from_every_member(together, images):
 
 def test_token_logits_of_another_grid_are_interpolated(different, images):
     pair = fm.Ensemble(different[:2], EnsembleSettings(mode="mean_logits"))
-    assert pair.shape.patches == 36
+    assert pair.grid.patches == 36
     first = forward_tokens(different[0].vit(), images)[1]
     second = forward_tokens(different[1].vit(), images)[1].transpose(1, 2).unflatten(2, (4, 4))
     second = F.interpolate(second, size=(6, 6), mode="bilinear").flatten(2).transpose(1, 2)
@@ -155,7 +160,7 @@ def test_models_are_dealt_out_in_turn():
 
 
 def test_a_run_with_two_architectures(tmp_path):
-    result = answer("run", "--method", "fedmitr", "--json", "--store", tmp_path, *MIXED)
+    result = read_cli("run", "--method", "fedmitr", "--json", "--store", tmp_path, *MIXED)
     assert result["fedavg_accuracy"] is None and 0 <= result["accuracy"] <= 1
     given = dict(word.split("=", 1) for word in MIXED if "=" in word)
     overrides = {name: parse_assignment(f"{name}={value}")[1] for name, value in given.items()}
@@ -166,9 +171,9 @@ def test_a_run_with_two_architectures(tmp_path):
     test = these.task.test
     alone = [u.vit()(test.images).argmax(1) == test.labels for u in these.uploads]
     assert result["local_accuracies"] == pytest.approx([a.double().mean().item() for a in alone])
-    again = answer("run", "--method", "fedmitr", "--json", "--store", tmp_path, *MIXED)
+    again = read_cli("run", "--method", "fedmitr", "--json", "--store", tmp_path, *MIXED)
     assert again == result
-    text = fedmitr("run", "--method", "fedmitr", "--store", tmp_path, *MIXED)
+    text = call_cli("run", "--method", "fedmitr", "--store", tmp_path, *MIXED)
     assert text.exit_code == 0 and "FedAvg" not in text.stdout
 
 
@@ -179,7 +184,7 @@ def test_every_other_method_takes_them(method, tmp_path_factory):
         w for n in ("fdafl", "dense", "co_boosting", "fedftg") for w in ("--set", f"{n}.generator_steps=1")
     ]
     few += ["--set", "fadi.iterations=2"]
-    result = answer("run", "--method", method, "--json", "--store", store, *MIXED, *few)
+    result = read_cli("run", "--method", method, "--json", "--store", store, *MIXED, *few)
     assert np.isfinite(result["accuracy"]) and result["fedavg_accuracy"] is None
 
 
@@ -197,7 +202,7 @@ def test_two_students_of_one_store_have_images_and_references_of_their_own(tmp_p
     for student, average in (("vit_micro", True), ("vit_micro_patch6", False), ("vit_micro", True)):
         name = ["--set", f"model.name={student}"]
         for method in ("fedmitr", "local"):
-            result = answer("run", "--method", method, "--json", *TINY, *of, *name)
+            result = read_cli("run", "--method", method, "--json", *SMALL_OPTIONS, *of, *name)
             assert (result["fedavg_accuracy"] is not None) == average
 
 
@@ -213,7 +218,7 @@ def test_two_students_of_one_store_have_images_and_references_of_their_own(tmp_p
     ],
 )
 def test_what_cannot_work_is_one_line_before_any_work(method, more, words, tmp_path, one_line):
-    done = fedmitr("run", "--method", method, "--store", tmp_path, *MIXED, *more)
+    done = call_cli("run", "--method", method, "--store", tmp_path, *MIXED, *more)
     assert done.exit_code == 2
     one_line(done.stderr.strip(), *words)
     assert not list(tmp_path.glob("uploads/*"))

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_upload
-from scipy.optimize import minimize
 
 import fedmitr as fm
-from fedmitr.server.distill import fit_offset
 from fedmitr.server.ensemble import Owners, class_weights, client_weights, combine, histograms
 from fedmitr.settings.schema import EnsembleSettings
 from fedmitr.vision.tokens import cls_attention, forward_tokens, kept_patches
@@ -23,7 +21,7 @@ def softmax(z):
 
 
 def expected(uploads, logits, mode, temperature=1.0):
-    """Probabilities (..., C) from the clients' logits (K, ..., C), by the definition of each mode."""
+    """Return probabilities (..., C) from the clients' logits (K, ..., C), by the definition of each mode."""
     logits, total = np.asarray(logits, dtype=np.float64), sum(u.size for u in uploads)
     if mode == "mean_probs":
         return sum(softmax(z / temperature) for z in logits) / len(uploads)
@@ -79,11 +77,11 @@ def test_weights_of_their_own_for_every_class():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_tokens_are_combined_like_cls(uploads, images, mode):
-    of_cls, of_tokens = zip(*(forward_tokens(u.vit(), images) for u in uploads), strict=True)
+    cls_logits, token_logits = zip(*(forward_tokens(u.vit(), images) for u in uploads), strict=True)
     found_cls, found_tokens = make(uploads, mode).forward_tokens(images)
     assert found_tokens.shape == (3, 36, 10)
-    close(found_cls.exp(), expected(uploads, torch.stack(of_cls), mode))
-    close(found_tokens.exp(), expected(uploads, torch.stack(of_tokens), mode))
+    close(found_cls.exp(), expected(uploads, torch.stack(cls_logits), mode))
+    close(found_tokens.exp(), expected(uploads, torch.stack(token_logits), mode))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -190,21 +188,18 @@ def test_confident_disagreement_stays_finite(uploads, mode):
     assert torch.isfinite(log_probs).all() and torch.isfinite(logits.grad).all()
 
 
-# One client an image.
-
-
-def test_an_owner_answers_for_its_images_alone(ensemble, uploads, images):
+def test_owners_forward_their_own_images_alone(ensemble, uploads, images):
     owner = torch.tensor([2, 0, 2])
     keep = torch.tensor([[0, 7, 20], [35, 1, 2], [5, 6, 30]])
     owners = Owners(ensemble, owner)
-    patches, place = kept_patches(ensemble.members[0], images, keep)
-    found = owners.forward_patches(patches, place)
-    looked = owners.importance(patches, place)
+    patches, positions = kept_patches(ensemble.members[0], images, keep)
+    found = owners.forward_patches(patches, positions)
+    attention = owners.importance(patches, positions)
     for i, k in enumerate(owner):
         vit = uploads[k].vit()
         wanted = forward_tokens(vit, images[i : i + 1], keep[i : i + 1])[0].log_softmax(dim=-1)
         close(found[i : i + 1], wanted.detach().numpy())
-        close(looked[i : i + 1], cls_attention(vit, images[i : i + 1], keep[i : i + 1]).detach().numpy())
+        close(attention[i : i + 1], cls_attention(vit, images[i : i + 1], keep[i : i + 1]).detach().numpy())
     close(
         owners.forward_patches(*kept_patches(ensemble.members[0], images)),
         np.stack([uploads[k].vit()(images)[i].log_softmax(-1).numpy() for i, k in enumerate(owner)]),
@@ -229,7 +224,7 @@ def test_owners_need_class_histograms(uploads, one_line):
     one_line(error.value, "inversion.teacher", "owners")
 
 
-def test_teachers_in_bfloat16_hold_their_weights_so_and_answer_nearly_alike(uploads, images):
+def test_teachers_in_bfloat16_hold_their_weights_so_and_predict_nearly_alike(uploads, images):
     half = fm.Ensemble(uploads, EnsembleSettings(mode="class", precision="bf16"))
     assert {m.weight.dtype for m in half.members.modules() if isinstance(m, torch.nn.Linear)} == {
         torch.bfloat16
@@ -242,37 +237,6 @@ def test_teachers_in_bfloat16_hold_their_weights_so_and_answer_nearly_alike(uplo
     torch.testing.assert_close(half(images).exp(), full(images).exp(), rtol=0.1, atol=0.05)
 
 
-# Calibration.
-
-
-@pytest.mark.parametrize("penalty", [0.01, 0.3])
-def test_offsets_are_scipys_minimum(penalty):
-    rng = np.random.default_rng(0)
-    z, y = 2 * rng.normal(size=(60, 5)), rng.integers(0, 5, 60)
-    z[:, 2] += 3  # a class that shouts
-
-    def loss(o):
-        return -np.log(softmax(z + o))[np.arange(60), y].mean() + penalty * (o**2).sum()
-
-    found = fit_offset(torch.tensor(z, dtype=torch.float32), torch.tensor(y), penalty)
-    assert found.dtype == torch.float32 and found.argmin() == 2
-    np.testing.assert_allclose(found, minimize(loss, np.zeros(5), tol=1e-10).x, atol=1e-3)
-
-
-def test_a_calibrated_ensemble_answers_with_its_offset_and_leaves_the_other_as_it_was(ensemble, images):
-    before, of_tokens = ensemble(images), ensemble.forward_tokens(images)[1]
-    offset = torch.linspace(-2, 2, 10)
-    other = ensemble.calibrated(offset)
-    for heat in (1.0, 2.0):
-        wanted = ((ensemble(images) + offset) / heat).log_softmax(-1)
-        torch.testing.assert_close(other(images, temperature=heat), wanted)
-    torch.testing.assert_close(other.forward_tokens(images)[1], (of_tokens + offset).log_softmax(-1))
-    assert torch.equal(ensemble(images), before) and not ensemble.offset.any()
-
-
-# A few members for each class.
-
-
 @pytest.fixture
 def many():
     """Eight clients who hold classes in very different shares; class 9 is nobody's."""
@@ -283,13 +247,13 @@ def many():
     return fm.Ensemble(uploads, EnsembleSettings(mode="class"))
 
 
-def test_without_a_number_all_members_answer(many):
+def test_without_a_number_all_members_are_taken(many):
     rng = torch.Generator().manual_seed(0)
     before = rng.get_state()
     assert many.drawn(None, rng) is many and torch.equal(rng.get_state(), before)
 
 
-def test_drawn_members_hold_the_class_that_they_answer_for(many, images):
+def test_drawn_members_hold_the_class_that_they_are_drawn_for(many, images):
     everyone = many.logits(images)
     for seed in range(5):
         few = many.drawn(1, torch.Generator().manual_seed(seed))

@@ -13,8 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 import fedmitr as fm
 from fedmitr.core.machine import autocast
 from fedmitr.vision import attention
-from fedmitr.vision.attention import look, run_blocks
-from fedmitr.vision.tokens import class_logits, image_logits, kept_patches
+from fedmitr.vision.attention import attention_weights, run_blocks
 
 
 class Gated(Attention):
@@ -132,7 +131,7 @@ def test_rows_save_all_but_the_last_blocks_keys_and_values():
 def test_weights_that_are_looked_at_are_a_softmax_by_hand(name):
     vit = model(name)
     tokens, layer = random_tokens(vit, 2, 6), vit.blocks[0].attn
-    weights, value = look(layer, tokens, rows=2)
+    weights, value = attention_weights(layer, tokens, rows=2)
     query, key, values = layer.qkv(tokens).chunk(3, dim=-1)
     wide = layer.head_dim
     for head in range(layer.num_heads):
@@ -191,35 +190,6 @@ def test_in_training_the_same_values_drop_out_as_in_timm(dropout, own, ways):
     assert not torch.equal(made[1], made[2]) and ways == [9] * own
     vit.eval()
     same(run_blocks(vit.blocks, tokens), vit.blocks(tokens))
-
-
-# Whole networks.
-
-
-@pytest.mark.parametrize(
-    "head",
-    [
-        dict(global_pool="token"),
-        dict(global_pool="avg"),
-        dict(global_pool="avg", fc_norm=False),
-        dict(global_pool="max"),
-        dict(global_pool="map"),
-        dict(global_pool="token", reg_tokens=2, pre_norm=True),
-    ],
-    ids=str,
-)
-def test_class_logits_are_timms_forward_whatever_its_head_reads(head):
-    shape = dict(img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=4, num_classes=7)
-    vit = loud(VisionTransformer(**shape, **head), seed=3).double()
-    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    found = []
-    for logits in (image_logits, lambda v, x: class_logits(v, *kept_patches(v, x)), lambda v, x: v(x)):
-        x = images.clone().requires_grad_()
-        made = logits(vit, x)
-        found.append((made, torch.autograd.grad((made * torch.arange(7.0)).sum(), x)[0]))
-    for made, gradient in found[:2]:
-        same(made, found[2][0])
-        same(gradient, found[2][1])
 
 
 # bfloat16.

@@ -1,82 +1,23 @@
-"""experiment.py: every method from settings to result: its account, its place in the store, hard settings."""
+"""run.py: every method from settings to result: its account, its place in the store, hard settings."""
 
 import importlib
 import math
-import shutil
-from functools import partial
+from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
+from helpers import GENERATORS, small_settings
 from safetensors.torch import save_file
 
 import fedmitr as fm
-import fedmitr.experiments.run as module
 from fedmitr.client.fusefl import FusionClient
 from fedmitr.evaluation.flops import forward_flops
 from fedmitr.evaluation.metrics import accuracy
-from fedmitr.experiments.result import code_text
-from fedmitr.methods import METHODS
-from fedmitr.settings import Settings
+from fedmitr.methods import METHODS, Method
 
-GENERATORS = ("fdafl", "dense", "co_boosting", "fedftg")
+pipeline = importlib.import_module("fedmitr.methods.fedmitr")  # the package's name for it is the method
 DISTILLED = ("fedmitr", "fadi", *GENERATORS)
-SMALL = {
-    "task.test": 0.05,
-    "task.validation": 0.85,
-    "model.pretrained": False,
-    "model.image_size": 12,
-    "partition.clients": 2,
-    "partition.alpha": 100.0,
-    "client.epochs": 1,
-    "ensemble.mode": "mean_probs",
-    "inversion.teacher": "ensemble",  # needs no histograms
-    "inversion.images": 20,
-    "inversion.batch_size": 10,
-    "inversion.iterations": 5,
-    "inversion.stop_at": [1, 2, 3, 4],
-    "inversion.stop_ratio": [0.3] * 4,
-    "distill.steps": 6,
-    "distill.batch_size": 8,
-    "distill.views": 2,
-}
-SMALL |= {
-    f"{method}.{name}": value
-    for method in GENERATORS
-    for name, value in dict(rounds=2, generator_steps=2, width=4, latent=5).items()
-}
-SMALL |= {"fdafl.batch_size": 8, "fedftg.batch_size": 8, "fadi.iterations": 5}
-
-
-def small(**changes):
-    """Two clients of about ninety 12×12 images; changes by dotted name, with __ for the dot."""
-    return Settings.load("smoke", SMALL | {name.replace("__", "."): v for name, v in changes.items()})
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return tmp_path_factory.mktemp("store")
-
-
-@pytest.fixture(scope="module")
-def these(store):
-    return fm.Experiment(small(), store)
-
-
-@pytest.fixture(scope="module")
-def results(these):
-    return {method: these.result(method) for method in METHODS}
-
-
-@pytest.fixture
-def no_work(forbid):
-    """Whatever trains, inverts or distils fails."""
-    forbid(module, "train_client")
-    forbid(FusionClient, "_train")
-    for method, name in [("fedmitr", "invert"), ("fedmitr", "distill"), ("fadi", "invert")]:
-        forbid(importlib.import_module(f"fedmitr.methods.{method}"), name)
-    for method in ("generator", "fdafl", "fedftg"):
-        forbid(importlib.import_module(f"fedmitr.methods.{method}"), "take_step")
-    forbid(importlib.import_module("fedmitr.methods.rounds"), "train_student")
 
 
 # The account.
@@ -103,7 +44,7 @@ def test_under_an_equal_budget_all_that_distil_make_as_many_images_and_steps(res
 def test_under_its_own_budget_a_method_has_the_numbers_of_its_block(store):
     own = {f"{method}__images": 4 + i for i, method in enumerate(GENERATORS)}
     own |= {f"{method}__student_steps": 3 + i for i, method in enumerate(GENERATORS)}
-    own = fm.Experiment(small(budget="own", **own), store)
+    own = fm.Experiment(small_settings(budget="own", **own), store)
     for i, method in enumerate(GENERATORS):
         outcome = own.outcome(method)
         assert (len(outcome.synthetic), outcome.student_steps) == (4 + i, 3 + i), method
@@ -117,13 +58,14 @@ def test_bytes_up_and_down_are_those_of_the_files(results, these, store, tmp_pat
     counted = sum(
         (f / name).stat().st_size for f in folders for name in ("weights.safetensors", "upload.json")
     )
-    histograms = [",".join(map(str, u.class_counts)) for u in these._everyone]
+    counted -= sum(len(f',"sha256":"{u.sha256}"') for u in these.counted_uploads)  # part of the transport
+    histograms = [",".join(map(str, u.class_counts)) for u in these.counted_uploads]
     without = counted - sum(len(f"[{h}]") - len("null") for h in histograms)
     save_file(these.initial.state_dict(), tmp_path / "shared.safetensors")
     shared = 2 * (tmp_path / "shared.safetensors").stat().st_size
     for method, result in results.items():
         up = {"fedftg": counted, "local": 0, "central": 0}.get(method, without)
-        if method != "fusefl":  # several messages: tests/test_fusefl.py
+        if method != "fusefl":  # several messages: tests/client/test_fusefl.py
             assert result.upload_bytes == up, method
             assert result.download_bytes == (0 if method == "central" else shared), method
 
@@ -156,64 +98,26 @@ def equal(one, other):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_second_run_comes_from_the_store_and_nothing_is_trained(results, these, store, method, no_work):
-    again = fm.Experiment(small(), store)
+    again = fm.Experiment(small_settings(), store)
     assert again.result(method) == results[method]
     assert equal(state_of(again.outcome(method)), state_of(these.outcome(method)))
 
 
 def test_the_same_settings_give_the_same_models_in_another_store(results, these, tmp_path):
-    fresh = fm.Experiment(small(), tmp_path)
+    fresh = fm.Experiment(small_settings(), tmp_path)
     for method in METHODS:
         assert equal(state_of(fresh.outcome(method)), state_of(these.outcome(method))), method
 
 
-# The evaluation.
-
-
-@pytest.fixture
-def unmeasured(results, store, tmp_path):
-    """The same models in a store of which nothing has been evaluated."""
-    copy = tmp_path / "unmeasured"
-    shutil.copytree(store, copy, ignore=shutil.ignore_patterns("runs", "references"))
-    return copy
-
-
-def test_an_image_goes_once_through_every_model(unmeasured, results, no_work, block_passes):
-    one, images = fm.Experiment(small(), unmeasured), 90
-
-    def models_run(method, experiment):
-        block_passes.clear()
-        assert experiment.result(method) == results[method]
-        return sum(n for n in block_passes if n > 1) / 4 / images  # one image is for the operations counted
-
-    assert len(one.task.test) == images
-    assert models_run("fedmitr", one) == 1 + 2 + 1  # the global model, the clients', their average
-    for method in ("ensemble", "local", "fedavg"):
-        assert models_run(method, fm.Experiment(small(), unmeasured)) == 0
-    assert models_run("central", one) == 1
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_references_answer_what_their_models_answer_one_image_at_a_time(unmeasured, no_work, precision):
-    experiment = fm.Experiment(small(ensemble__precision=precision), unmeasured)
-    images, found = experiment.task.test.images, experiment.reference_predictions
-    assert {name: len(rows) for name, rows in found.items()} == {"ensemble": 1, "fedavg": 1, "local": 2}
-    for name, rows in found.items():
-        whole = name == "ensemble" and precision == "bf16"  # which rounds otherwise in another batch
-        batches = images.split(len(images) if whole else 1)
-        with torch.inference_mode():
-            for model, row in zip(experiment.models(name), rows, strict=True):
-                assert row.tolist() == [c for batch in batches for c in model(batch).argmax(1).tolist()], name
-
-
-# Who is asked for its class histogram.
+# Which clients send their class histogram.
 
 
 def given_to_methods(these, monkeypatch):
     """What every method gets, none of them run."""
     seen = {}
-    for method in METHODS:
-        monkeypatch.setitem(METHODS, method, lambda given, *_, name=method: seen.update({name: given}))
+    for method in list(METHODS):
+        note = replace(METHODS[method], run=lambda given, *_, name=method: seen.update({name: given}))
+        monkeypatch.setitem(METHODS, method, note)
         these.outcome(method)
     return seen
 
@@ -226,8 +130,8 @@ def test_only_fedftg_is_given_class_histograms_where_the_ensemble_needs_none(res
     assert [type(c) for c in seen["fusefl"]] == [FusionClient] * 2 and len(seen["central"]) == 1
 
 
-def test_class_mode_asks_everyone(results, store, monkeypatch, no_work):
-    seen = given_to_methods(fm.Experiment(small(ensemble__mode="class"), store), monkeypatch)
+def test_in_class_mode_every_method_is_given_class_histograms(results, store, monkeypatch, no_work):
+    seen = given_to_methods(fm.Experiment(small_settings(ensemble__mode="class"), store), monkeypatch)
     for method in set(METHODS) - {"fusefl", "central"}:
         assert all(u.class_counts for u in seen[method]), method
 
@@ -250,7 +154,7 @@ SKEWED = {
 
 @pytest.mark.parametrize("name", SKEWED)
 def test_every_method_survives(name, tmp_path):
-    hard = fm.Experiment(small(**SKEWED[name]), tmp_path)
+    hard = fm.Experiment(small_settings(**SKEWED[name]), tmp_path)
     sizes = [len(shard) for shard in hard.shards]
     assert len(sizes) == SKEWED[name]["partition__clients"] and sum(sizes) == 179
     for method in METHODS:
@@ -271,7 +175,7 @@ def test_every_method_survives(name, tmp_path):
 )
 def test_what_cannot_work_is_one_line_before_any_work(method, changes, name, tmp_path, one_line, no_work):
     with pytest.raises(fm.BadInput) as error:
-        fm.run(method, small(**changes), tmp_path)
+        fm.run(method, small_settings(**changes), tmp_path)
     one_line(error.value, name)
 
 
@@ -290,35 +194,59 @@ def test_a_method_of_your_own_is_run_and_run_anew_when_it_changes(results, these
         return METHODS["fedavg"](uploads, settings, store)
 
     for method in (mine, mine, changed):
-        monkeypatch.setitem(METHODS, "mine", method)
+        monkeypatch.setitem(METHODS, "mine", Method("mine", method))
         found = these.result("mine")
         assert found.method == "mine" and found.accuracy == results["fedavg"].accuracy
         assert found.upload_bytes == results["fedavg"].upload_bytes
     assert runs == ["mine", "changed"]
 
 
+# The address of an upload.
+
+
 def test_an_experiment_computes_with_the_threads_of_its_settings(tmp_path):
     before = torch.get_num_threads()
     try:
-        keys = [fm.Experiment(small(threads=n), tmp_path).upload_key(0) for n in (1, 2)]
+        keys = [fm.Experiment(small_settings(threads=n), tmp_path).upload_key(0) for n in (1, 2)]
         assert torch.get_num_threads() == 2 and keys[0] != keys[1]
     finally:
         torch.set_num_threads(before)
 
 
-def test_a_method_of_your_own_is_told_by_its_body_not_by_where_it_stands():
-    def method(uploads, settings, store):
-        return [u for u in uploads if u.size > 3]
+def test_the_class_histogram_leaves_a_client_only_where_ensemble_or_inversion_needs_it(
+    results, store, no_work
+):
+    for mode, teacher in product(("mean_probs", "size", "class"), ("ensemble", "owners")):
+        changed = small_settings(ensemble__mode=mode, inversion__teacher=teacher)
+        sent = [u.class_counts for u in fm.Experiment(changed, store).uploads]
+        assert all((counts is not None) == ("class" in mode or teacher == "owners") for counts in sent)
 
-    first = code_text(method)
 
-    def method(uploads, settings, store):
-        return [u for u in uploads if u.size > 3]
+@pytest.mark.parametrize(
+    "change, anew",
+    [
+        ({"client__lr": 0.5}, True),
+        ({"partition__alpha": 0.5}, True),
+        ({"task__clutter": 0.1}, True),
+        ({"seed": 9}, True),
+        ({"model__pretrained": True}, True),
+        ({"inversion__lr": 0.1}, False),
+        ({"distill__steps": 9}, False),
+        ({"ensemble__mode": "size"}, False),
+    ],
+    ids=str,
+)
+def test_clients_are_trained_anew_where_their_settings_differ(store, change, anew):
+    here, there = (fm.Experiment(small_settings(**c), store) for c in ({}, change))
+    assert (here.upload_key(0) != there.upload_key(0)) == anew
+    assert here.upload_key(0) != here.upload_key(1)
 
-    assert code_text(method) == first
 
-    def method(uploads, settings, store):
-        return [u for u in uploads if u.size > 4]
-
-    assert code_text(method) != first
-    assert code_text(partial(method, None)) == code_text(partial(method, 1))
+def test_other_weights_in_the_checkpoints_file_are_another_run(store, uploads, tmp_path):
+    keys = []
+    for upload in uploads[:2]:
+        upload.save(tmp_path)
+        settings = small_settings(model__checkpoint=str(tmp_path / "weights.safetensors"))
+        keys.append(fm.Experiment(settings, store).upload_key(0))
+        keys.append(pipeline.distill_key(uploads, settings))
+    assert len(set(keys)) == 4

@@ -1,4 +1,4 @@
-"""photos.py: the layouts of the named tasks, torchvision's own loaders, and one line for what is wrong."""
+"""catalogue.py: the layouts of the paper's data sets, and torchvision's own loaders."""
 
 import hashlib
 import pickle
@@ -9,23 +9,19 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from photo_files import RGB, SIZE, draw, experiment, fill, load, parts, rows
+from photo_files import RGB, SIZE, draw, experiment, load, parts, rows
 from PIL import Image
 from scipy.io import savemat
 from torchvision.transforms import v2
 
 import fedmitr as fm
-from fedmitr.data import photos
+from fedmitr.data import image_sets, photos
+from fedmitr.data.catalogue import DOMAINS
+from fedmitr.data.image_sets import IMAGE_SETS, TorchvisionSet
 from fedmitr.data.partition import partition
 from fedmitr.settings.schema import PartitionSettings, TaskSettings
 
-
-@pytest.fixture
-def folder(tmp_path):
-    return fill(tmp_path / "data")
-
-
-# The named tasks of plain folders.
+# Layouts of folders.
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +54,13 @@ def test_tiny_imagenet(tiny):
     assert (read - v2.functional.resize(by_hand, [SIZE, SIZE], antialias=True)).abs().max() < 0.01
 
 
+def test_tiny_imagenet_without_its_annotations_is_one_line(tiny, tmp_path, one_line):
+    shutil.copytree(tiny[0] / "train", tmp_path / "train")
+    with pytest.raises(fm.BadInput) as error:
+        load(tmp_path, "tiny-imagenet")
+    one_line(error.value, "val/val_annotations.txt")
+
+
 @pytest.mark.parametrize("where", [("",), ("train", "val", "test")])
 def test_mini_imagenet_merges_its_few_shot_parts(where, tmp_path):
     wnids = [f"n{k:08d}" for k in range(100)]
@@ -72,7 +75,7 @@ def test_mini_imagenet_merges_its_few_shot_parts(where, tmp_path):
 @pytest.fixture(scope="module")
 def office(tmp_path_factory):
     root = tmp_path_factory.mktemp("office")
-    for d, domain in enumerate(photos.DOMAINS):
+    for d, domain in enumerate(DOMAINS):
         for k in range(65):
             draw(root / domain / f"Class {k:02d}" / "0.jpg", 65 * d + k, (4, 4))
     return root
@@ -81,30 +84,25 @@ def office(tmp_path_factory):
 def test_office_home_gives_each_client_a_domain(office):
     task = load(office, "office-home", validation=0.25, test=0.25)
     assert len(task.classes) == 65 and task.test.domains.unique().tolist() == [0, 1, 2, 3]
-    names = photos.list_folders(TaskSettings(name="office-home", data_dir=str(office)))[0].names
+    names = IMAGE_SETS["office-home"].list_files(TaskSettings(data_dir=str(office))).names
     settings = PartitionSettings(scheme="domain", clients=4)
     shards = partition(task.train.labels, settings, 0, task.train.domains)
     assert torch.equal(torch.cat(shards).sort().values, torch.arange(len(task.train)))
-    for domain, shard in zip(photos.DOMAINS, shards, strict=True):
+    for domain, shard in zip(DOMAINS, shards, strict=True):
         held = task.train.subset(shard)
         assert {names[row].split("/")[0] for row in rows(held)} == {domain}
 
 
-def test_other_numbers_of_clients_than_domains_are_one_line(office, one_line):
-    domains = torch.arange(40) % 4
-    for count in (3, 5):
-        with pytest.raises(fm.BadInput) as error:
-            partition(domains, PartitionSettings(scheme="domain", clients=count, min_size=1), 0, domains)
-        one_line(error.value, f"partition.clients={count}", "4")
-    with pytest.raises(fm.BadInput) as error:
-        partition(domains, PartitionSettings(scheme="domain", clients=4), 0)
-    one_line(error.value, "partition.scheme='domain'", "office-home")
-    with pytest.raises(fm.BadInput) as error:
-        partition(domains, PartitionSettings(scheme="domain", clients=4), 0, (domains > 0).long() * 3)
-    one_line(error.value, "partition.min_size=10", "0")
+def test_an_experiment_with_domains(office, tmp_path):
+    given = {"task.name": "office-home", "partition.scheme": "domain", "partition.clients": 4}
+    given |= {"task.validation": 0.25, "task.test": 0.25}
+    found = experiment(office, tmp_path / "store", **given)
+    assert found.initial.num_classes == 65
+    for k, shard in enumerate(found.shards):
+        assert found.task.train.subset(shard).domains.unique().tolist() == [k]
 
 
-# torchvision's tasks.
+# torchvision's loaders.
 
 
 def cifar(root, monkeypatch, kind, base, name, key, classes):
@@ -172,7 +170,8 @@ def test_what_torchvision_read_once_is_kept_at_32_pixels_and_needs_no_files(arch
     name, root, truth = archive
     first = load(root, name, size=32, validation=0.5, cache=tmp_path / "cache")
     shutil.rmtree(root)
-    forbid(photos, "decode", "list_torchvision")
+    forbid(photos, "decode")
+    forbid(TorchvisionSet, "list_files")
     again = load(None, name, size=20, validation=0.5, cache=tmp_path / "cache")
     assert again.digest == first.digest and again.test.images.shape == (40, 3, 20, 20)
     small = Image.fromarray(truth["test"][0][7].transpose(1, 2, 0)).resize(
@@ -196,7 +195,7 @@ FILES = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "svhn
 
 @pytest.mark.parametrize("name", FILES)
 def test_without_files_and_download_the_line_says_what_goes_where(name, tmp_path, monkeypatch, one_line):
-    monkeypatch.setattr(photos, "home", lambda: tmp_path)
+    monkeypatch.setattr(image_sets, "home", lambda: tmp_path)
     for root, place in ((tmp_path / "none", tmp_path / "none"), (None, tmp_path / "data" / "downloads")):
         with pytest.raises(fm.BadInput) as error:
             load(root, name)
@@ -221,140 +220,3 @@ def test_no_download_without_leave(archive, monkeypatch, forbid):
     forbid(torchvision.datasets.cifar, "download_and_extract_archive")
     forbid(torchvision.datasets.svhn, "download_url")
     assert len(load(root, name, validation=0.5).test) == 40
-
-
-# Bad input: one line, before any training.
-
-
-def empty_class(root):
-    shutil.rmtree(root / "ant")
-    (root / "ant").mkdir()
-
-
-def unreadable_class(root):
-    for file in (root / "ant").iterdir():
-        file.write_bytes(b"no image")
-
-
-def with_parts(root):
-    fill(root / "train")
-    fill(root / "test", each=2)
-    for name in ("ant", "bee", "cat"):
-        shutil.rmtree(root / name)
-
-
-def unknown_class(root):
-    with_parts(root)
-    draw(root / "test" / "dog" / "0.png", 1)
-
-
-def untested_class(root):
-    with_parts(root)
-    shutil.rmtree(root / "test" / "ant")
-
-
-def unreadable_test_class(root):
-    with_parts(root)
-    for file in (root / "test" / "ant").iterdir():
-        file.write_bytes(b"no image")
-
-
-def no_test(root):
-    with_parts(root)
-    shutil.rmtree(root / "test")
-
-
-def no_class(root):
-    with_parts(root)
-    shutil.rmtree(root)
-    draw(root / "0.png", 1)
-
-
-def a_file(root):
-    shutil.rmtree(root)
-    root.write_text("")
-
-
-BAD = [
-    (empty_class, "holds no image in ant/"),
-    (unreadable_class, "no readable images of class 'ant'"),
-    (unknown_class, "class 'dog', which is not in train/"),
-    (untested_class, "no test image of class 'ant'"),
-    (unreadable_test_class, "no readable test images of class 'ant'"),
-    (no_test, "has no test/"),
-    (no_class, "holds 0 class folders"),
-    (shutil.rmtree, "is no folder that can be read"),
-    (a_file, "is no folder that can be read"),
-    (lambda root: [shutil.rmtree(root / name) for name in ("ant", "bee")], "holds 1 class folders"),
-]
-
-
-@pytest.mark.parametrize("spoil, said", BAD, ids=[said for _, said in BAD])
-def test_a_bad_folder_is_one_line_before_any_training(
-    spoil, said, folder, tmp_path, capsys, forbid, one_line, monkeypatch
-):
-    monkeypatch.setenv("FEDMITR_STATIC", "1")  # no progress bar
-    spoil(folder)
-    forbid(fm.experiment, "train_client")
-    settings = fm.Settings.load("smoke", {"task.name": "image-folder", "task.data_dir": str(folder)})
-    with pytest.raises(fm.BadInput) as error:
-        fm.run("fedavg", settings, tmp_path / "store")
-    one_line(error.value, f"task.data_dir={str(folder)!r}", said)
-    assert capsys.readouterr().err == ""
-    kept = [p for p in (tmp_path / "store").rglob("*") if p.is_file()]
-    assert kept == [] or said.startswith("no test image")
-
-
-@pytest.mark.parametrize("name", photos.LAYOUTS)
-@pytest.mark.parametrize("given", [None, ""])
-def test_no_folder_at_all_is_one_line(name, given, one_line):
-    with pytest.raises(fm.BadInput) as error:
-        photos.num_classes(TaskSettings(name=name, data_dir=given))
-    one_line(error.value, f"task.data_dir={given!r} is not set", name)
-
-
-@pytest.mark.parametrize(
-    "name, said",
-    [
-        ("tiny-imagenet", "has no train/"),
-        ("mini-imagenet", "holds 3 class folders, not 100"),
-        ("office-home", "has no Art/"),
-    ],
-)
-def test_another_layout_than_the_tasks_is_one_line(name, said, folder, one_line):
-    with pytest.raises(fm.BadInput) as error:
-        load(folder, name)
-    one_line(error.value, f"task.data_dir={str(folder)!r}", said, photos.LAYOUTS[name])
-
-
-def test_tiny_imagenet_without_its_annotations_is_one_line(tiny, tmp_path, one_line):
-    shutil.copytree(tiny[0] / "train", tmp_path / "train")
-    with pytest.raises(fm.BadInput) as error:
-        load(tmp_path, "tiny-imagenet")
-    one_line(error.value, "val/val_annotations.txt")
-
-
-@pytest.mark.parametrize("options", [dict(validation=0.01), dict(validation=0.5, test=0.5)])
-def test_shares_that_leave_a_class_nothing_are_one_line(options, folder, one_line):
-    with pytest.raises(fm.BadInput) as error:
-        load(folder, **options)
-    one_line(error.value, f"task.validation={options['validation']}")
-
-
-@pytest.mark.parametrize("name, value", [("limit", 0), ("download", "maybe"), ("data_dir", [1])])
-def test_settings_out_of_range_are_one_line(name, value, one_line):
-    with pytest.raises(fm.BadInput) as error:
-        fm.Settings.load("smoke", {f"task.{name}": value})
-    one_line(error.value, f"task.{name}")
-
-
-# In an experiment.
-
-
-def test_an_experiment_with_domains(office, tmp_path):
-    given = {"task.name": "office-home", "partition.scheme": "domain", "partition.clients": 4}
-    given |= {"task.validation": 0.25, "task.test": 0.25}
-    found = experiment(office, tmp_path / "store", **given)
-    assert found.initial.num_classes == 65
-    for k, shard in enumerate(found.shards):
-        assert found.task.train.subset(shard).domains.unique().tolist() == [k]

@@ -1,0 +1,38 @@
+"""Small runs of every method, in a store that the pages about them share."""
+
+import importlib
+
+import pytest
+from helpers import small_settings
+
+import fedmitr as fm
+from fedmitr.client.fusefl import FusionClient
+from fedmitr.experiments import run
+from fedmitr.methods import METHODS
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="session")
+def these(store):
+    return fm.Experiment(small_settings(), store)
+
+
+@pytest.fixture(scope="session")
+def results(these):
+    return {method: these.result(method) for method in METHODS}
+
+
+@pytest.fixture
+def no_work(forbid):
+    """Whatever trains, inverts or distils fails."""
+    forbid(run, "train_client")
+    forbid(FusionClient, "_train")
+    for method, name in [("fedmitr", "invert"), ("fedmitr", "distill"), ("fadi", "invert")]:
+        forbid(importlib.import_module(f"fedmitr.methods.{method}"), name)
+    for method in ("_generator", "fdafl", "fedftg"):
+        forbid(importlib.import_module(f"fedmitr.methods.{method}"), "take_step")
+    forbid(importlib.import_module("fedmitr.methods._student"), "train_student")

@@ -1,0 +1,232 @@
+"""Adding a method: with `register` in a notebook, or as a file and one line in the package."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import small
+
+import fedmitr as fm
+from fedmitr.core import processes
+from fedmitr.core.store import Store
+from fedmitr.evaluation.plan import plan
+from fedmitr.methods import (
+    METHODS,
+    SHIPPED,
+    Method,
+    Outcome,
+    Student,
+    check_methods,
+    described,
+    find,
+    in_order,
+    register,
+)
+from fedmitr.methods._student import StudentSettings
+from fedmitr.server.views import random_textures
+from fedmitr.settings import Settings, SettingsBlock, setting
+from fedmitr.settings.schema import Share
+
+ROOT = Path(fm.__file__).parents[1]
+
+
+class TexturesSettings(SettingsBlock):
+    """Textures: how strong they are."""
+
+    contrast: Share = setting(1.0, "contrast of the textures")
+
+
+def textures(uploads, settings, store):
+    """Distil the ensemble on smooth random textures."""
+    count, steps, shape = settings.inversion.images, settings.distill.steps, uploads[0].shape
+    student = Student(uploads, settings, "textures", steps)
+    like = torch.empty(count, shape.in_chans, shape.image_size, shape.image_size)
+    images = random_textures(student.vit, like, torch.Generator().manual_seed(settings.seed))
+    student.add(images, student.ensemble(images).argmax(1))
+    student.learn(steps, student.by_ensemble)
+    return Outcome([student.vit], {}, student.images, steps)
+
+
+TEXTURES = Method("textures", textures, label="Textures")
+WITH_BLOCK = dataclasses.replace(TEXTURES, settings=TexturesSettings)
+
+
+def test_a_registered_method_is_found_checked_described_and_run(registrations, clients, tmp_path):
+    register(TEXTURES)
+    assert find("textures") is described("textures") is METHODS["textures"] is TEXTURES
+    check_methods(["fedavg", "textures"], small())
+    assert [stage.stage for stage in plan("textures", small())] == ["clients", "labels", "student"]
+    outcome = find("textures")(clients, small(), Store(tmp_path))
+    work = TEXTURES.work_under(small())
+    assert (len(outcome.synthetic), outcome.student_steps) == (work.images, work.student_steps) == (6, 3)
+    with pytest.raises(fm.BadInput, match="unknown"):
+        Settings.load("smoke", {"textures.contrast": 0.5})  # it has no settings of its own
+
+
+def test_its_block_is_part_of_every_run(registrations, one_line):
+    before = Settings()
+    register(WITH_BLOCK)
+    settings = Settings.load("smoke", {"textures.contrast": 0.5})
+    assert settings.textures.contrast == 0.5 and settings.model_dump()["textures"] == {"contrast": 0.5}
+    assert Settings().textures.contrast == before.textures.contrast == 1.0
+    with pytest.raises(fm.BadInput) as error:
+        Settings.load("smoke", {"textures.contrast": 2})
+    one_line(error.value, "textures.contrast=2")
+
+
+def test_what_is_registered_is_taken_back(registrations):
+    """What the fixture itself does: the tests before this one leave nothing."""
+    assert tuple(METHODS) == SHIPPED and "textures" not in Settings.model_fields
+    with pytest.raises(fm.BadInput, match="unknown"):
+        Settings.load("smoke", {"textures.contrast": 0.5})
+
+
+def test_registering_again_replaces_the_record_and_its_block(registrations):
+    class Other(StudentSettings):
+        """Textures: the student's settings alone."""
+
+    register(WITH_BLOCK)
+    register(dataclasses.replace(WITH_BLOCK, label="Other", settings=Other))
+    assert described("textures").label == "Other" and list(METHODS).count("textures") == 1
+    assert type(Settings().textures) is Other
+    assert Settings.load("smoke", {"textures.ce_weight": 0.5}).textures.ce_weight == 0.5
+    with pytest.raises(fm.BadInput, match="unknown"):
+        Settings.load("smoke", {"textures.contrast": 0.5})
+
+
+def test_workers_are_told_of_it(registrations):
+    register(TEXTURES)
+    add, told = processes._IN_WORKERS[-1]
+    METHODS.pop("textures")
+    add(*told)
+    assert find("textures") is TEXTURES
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(name="my textures"), ("'my textures'", "letters")),
+        (dict(name="2d"), ("'2d'", "letters")),
+        (dict(name="_textures"), ("'_textures'", "letter first")),
+        (dict(name=""), ("''", "letters")),
+        (dict(name="distill", settings=TexturesSettings), ("'distill'", "choose another")),
+        (dict(name="seed", settings=TexturesSettings), ("'seed'", "choose another")),
+        (dict(name="changed", settings=TexturesSettings), ("'changed'", "choose another")),
+        (dict(family="magic"), ("'magic'", "'textures'", "statistics")),
+    ],
+    ids=str,
+)
+def test_a_record_that_cannot_be_used_is_one_line_and_changes_nothing(
+    options, words, registrations, one_line
+):
+    told, fields = list(processes._IN_WORKERS), set(Settings.model_fields)
+    with pytest.raises(fm.BadInput) as error:
+        register(dataclasses.replace(TEXTURES, name="fine"), dataclasses.replace(TEXTURES, **options))
+    one_line(error.value, *words)
+    assert tuple(METHODS) == SHIPPED and set(Settings.model_fields) == fields
+    assert told == processes._IN_WORKERS
+
+
+def test_an_unknown_method_is_one_line(one_line):
+    for refuse in (find, lambda name: check_methods([name], small()), lambda name: described(name)([], 0, 0)):
+        with pytest.raises(fm.BadInput) as error:
+            refuse("nobody")
+        one_line(error.value, "'nobody'", *SHIPPED)
+
+
+def test_a_name_from_elsewhere_is_described_by_defaults():
+    record = described("my-textures")
+    assert record.label == "my-textures" and record.single_model and not record.is_reference
+
+
+def test_tables_go_family_by_family_each_in_the_order_of_registration(registrations):
+    register(TEXTURES, Method("median", textures, family="average"))
+    wanted = ["fedavg", "median", "fedmitr", "fdafl", "fadi", "dense", "co_boosting", "fedftg", "textures"]
+    wanted += ["elsewhere", "fusefl", "ensemble", "local", "central"]
+    assert in_order(reversed(wanted)) == wanted
+    assert in_order(["local", "fedmitr", "local"]) == ["fedmitr", "local"]
+
+
+# A method that ships: its own file, and its name in `SHIPPED`.
+
+UNIFORM = '''
+"""The uniform average: every client counts alike, whatever it holds."""
+
+from ..core.machine import device
+from ..settings import SettingsBlock, setting
+from ..settings.schema import Positive
+from ._method import Method, Outcome, Range
+
+
+class UniformSettings(SettingsBlock):
+    """Uniform: how the average is scaled."""
+
+    scale: Positive = setting(1.0, "factor of the averaged weights")
+
+
+def uniform(uploads, settings, store):
+    """Average the uploads, each with the same weight."""
+    vit = uploads[0].shape.build()
+    names, scale = vit.state_dict(), settings.uniform.scale / len(uploads)
+    vit.load_state_dict({n: scale * sum(u.weights[n] for u in uploads) for n in names})
+    return Outcome([vit.eval().to(device())])
+
+
+METHOD = Method(
+    name="uniform",
+    run=uniform,
+    label="Uniform",
+    family="average",
+    citation="a test",
+    settings=UniformSettings,
+    search={"uniform.scale": Range(0.9, 1.1)},
+    averages=True,
+)
+'''
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A copy of the package with one more method: a file, and a name in `SHIPPED`."""
+    root = tmp_path_factory.mktemp("package")
+    shutil.copytree(ROOT / "fedmitr", root / "fedmitr", ignore=shutil.ignore_patterns("__pycache__"))
+    if not (root / "fedmitr" / "shipped").exists():  # as the wheel has them
+        for name in ("data", "notebooks"):
+            (root / name).symlink_to(ROOT / name)
+    (root / "fedmitr" / "methods" / "uniform.py").write_text(UNIFORM.lstrip())
+    table = root / "fedmitr" / "methods" / "__init__.py"
+    lines = table.read_text()
+    assert lines.count('    "fedavg",\n') == 1
+    table.write_text(lines.replace('    "fedavg",\n', '    "fedavg",\n    "uniform",\n'))
+    return root
+
+
+def fedmitr(package: Path, *words: str) -> str:
+    """What the command line of that copy prints."""
+    environment = os.environ | {"PYTHONPATH": str(package), "FEDMITR_STORE": str(package / "store")}
+    command = [sys.executable, "-m", "fedmitr.cli", *words]
+    done = subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+RUN = ["run", "--method", "uniform", "--profile", "smoke", "--clients", "2", "--alpha", "1", "--json"]
+QUICK = ("client.epochs=1", "uniform.scale=0.9")
+
+
+def test_a_shipped_method_is_a_file_and_a_line(package):
+    sets = [word for name in QUICK for word in ("--set", name)]
+    out = json.loads(fedmitr(package, *RUN, *sets).splitlines()[-1])
+    assert out["method"] == "uniform" and out["exchanges"] == 1 and out["synthetic_images"] == 0
+    assert 0.1 < out["accuracy"] < 1 and out["settings"]["uniform"] == {"scale": 0.9}
+
+
+def test_its_plan_is_there_too(package):
+    stages = json.loads(fedmitr(package, *RUN, "--dry-run"))
+    assert [stage["stage"] for stage in stages] == ["clients"] and stages[0]["bytes"] > 0

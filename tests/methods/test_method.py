@@ -1,0 +1,213 @@
+"""_method.py: what each shipped record says is what its method does."""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers import loud
+from tiny_runs import DISTILLED, GENERATORS, module_of, own, small
+
+import fedmitr as fm
+from fedmitr.core.store import Store
+from fedmitr.methods import FAMILIES, METHODS, SHIPPED, Range, Work, check_methods
+from fedmitr.server.ensemble import Ensemble
+from fedmitr.settings import Settings, defaults
+from fedmitr.upload import ModelShape
+from fedmitr.vision.stages import stage_names
+from fedmitr.vision.vit import create_vit
+
+UNCOUNTED = {"ensemble.mode": "mean_probs", "inversion.teacher": "ensemble"}  # neither needs histograms
+
+
+class Trained:
+    """A client of FuseFL that has trained all stages already: its upload's weights."""
+
+    def __init__(self, upload):
+        self.client, self.size, self.class_counts = upload.client, upload.size, upload.class_counts
+        self.shape, self.vit = upload.shape, upload.vit()
+
+    def train_stage(self, stage, received):
+        state = self.vit.state_dict()
+        return {name: state[name] for name in stage_names(self.vit, 2, stage)}
+
+
+def given(method, uploads):
+    """What `run` gets for a method, made of uploads."""
+    made = {"uploads": list(uploads), "clients": list(map(Trained, uploads)), "central": list(uploads[:1])}
+    return made[METHODS[method].given]
+
+
+@pytest.fixture(scope="module")
+def outcomes(clients, tmp_path_factory):
+    """Every shipped method on the same clients, with everyone's budget and with its own."""
+    budgets = {name: value for m in GENERATORS for name, value in own(m, images=5, student_steps=4).items()}
+    settings = [small(), small(budgets | {"budget": "own"})]
+    store = Store(tmp_path_factory.mktemp("outcomes"))
+    return {
+        (name, s.budget): (s, METHODS[name](given(name, clients), s, store))
+        for name in SHIPPED
+        for s in settings
+    }
+
+
+@pytest.mark.parametrize("budget", ["equal", "own"])
+@pytest.mark.parametrize("method", SHIPPED)
+def test_the_record_says_what_a_run_exchanges_computes_and_leaves(method, budget, outcomes, clients):
+    record, (settings, outcome) = METHODS[method], outcomes[method, budget]
+    assert record.exchanges_under(settings) == outcome.exchanges
+    assert record.sends == (outcome.uplink_bytes != 0)
+    work = record.work_under(settings)
+    assert work.images == (len(outcome.synthetic) if outcome.synthetic else 0)
+    assert work.student_steps == outcome.student_steps
+    assert record.distils == (work.images > 0) == (work.student_steps > 0)
+    if budget == "own" and method in GENERATORS:
+        assert (work.images, work.student_steps) == (5, 4)
+
+
+@pytest.mark.parametrize("method", SHIPPED)
+def test_a_prediction_runs_one_model_or_all_clients(method, outcomes, clients, block_passes):
+    models = outcomes[method, "equal"][1].models
+    for model in models:
+        model(torch.zeros(1, 1, 12, 12))
+    run = len(block_passes) / len(models) / len(clients[0].vit().blocks)
+    assert run == (1 if METHODS[method].single_model else len(clients))
+    assert len(models) == (len(clients) if method == "local" else 1)
+
+
+@pytest.mark.parametrize("method", SHIPPED)
+def test_methods_that_need_class_histograms_refuse_uploads_without_and_no_others_do(
+    method, clients, tmp_path, one_line
+):
+    without = given(method, [u.without_counts() for u in clients])
+    settings = small(UNCOUNTED)
+    assert METHODS[method].asks_counts(settings) == METHODS[method].needs_counts
+    assert METHODS[method].asks_counts(small())  # the ensemble's mode is class
+    if METHODS[method].needs_counts:
+        with pytest.raises(fm.BadInput) as error:
+            METHODS[method](without, settings, Store(tmp_path))
+        one_line(error.value, "class_counts", "client 0")
+    else:
+        METHODS[method](without, settings, Store(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def mixed(clients):
+    """The three clients, one of them with a deeper model."""
+    vit = loud(create_vit("vit_micro_deep", 10, image_size=12), seed=1)
+    deep = dataclasses.replace(
+        clients[1], shape=ModelShape.of("vit_micro_deep", vit), weights=dict(vit.state_dict())
+    )
+    return [clients[0], deep, clients[2]]
+
+
+@pytest.mark.parametrize("method", SHIPPED)
+def test_methods_that_average_refuse_several_architectures_and_no_others_do(
+    method, mixed, tmp_path, one_line
+):
+    start = {"distill.start": "initial", "model.pretrained": False}
+    if METHODS[method].averages:
+        with pytest.raises(fm.BadInput) as error:
+            METHODS[method](given(method, mixed), small(start), Store(tmp_path))
+        one_line(error.value, "client 1")
+    else:
+        METHODS[method](given(method, mixed), small(start), Store(tmp_path))
+
+
+@pytest.mark.parametrize("method", SHIPPED)
+def test_several_architectures_are_refused_before_a_run_as_they_are_in_it(method, one_line):
+    models = {"client.models": ("vit_micro", "vit_micro_deep")}
+    averages, distils = METHODS[method].averages, METHODS[method].distils
+    for start in ("average", "initial"):
+        settings = small(models | {"distill.start": start})
+        if averages or (distils and start == "average"):
+            with pytest.raises(fm.BadInput) as error:
+                check_methods([method], settings)
+            one_line(error.value, "vit_micro_deep", "one architecture")
+        else:
+            check_methods([method], settings)
+
+
+# Settings and the values that tuning may try.
+
+
+@pytest.mark.parametrize("method", SHIPPED)
+def test_every_value_that_tuning_may_try_is_allowed(method):
+    search = METHODS[method].search
+    assert bool(search) == (METHODS[method].distils or METHODS[method].settings is not None)
+    for name, values in search.items():
+        if isinstance(values, Range):
+            assert values.low < values.high and (values.low > 0 or not values.log)
+            values = (values.low, values.high)
+        assert len(set(values)) == len(values) > 1
+        for value in values:
+            changed = Settings.load("smoke", {name: value})
+            block, leaf = name.split(".")
+            assert getattr(getattr(changed, block), leaf) == value
+
+
+@pytest.mark.parametrize("method", SHIPPED)
+def test_tuning_tries_settings_of_the_methods_own_block_or_fedmitrs_stages(method):
+    blocks = {name.split(".")[0] for name in METHODS[method].search}
+    assert blocks <= ({method} if METHODS[method].settings else {"inversion", "relabel", "distill"})
+
+
+@pytest.mark.parametrize("method", SHIPPED)
+def test_a_methods_block_is_part_of_every_run(method):
+    block = METHODS[method].settings
+    if block:
+        assert type(getattr(Settings(), method)) is block
+        assert {f"{method}.{name}" for name in block.model_fields} <= set(defaults())
+
+
+@pytest.mark.parametrize("method", SHIPPED)
+def test_a_record_is_complete(method):
+    record = METHODS[method]
+    assert record.name == method and record.run is getattr(module_of(method), method)
+    assert record.label and record.family in FAMILIES
+    assert bool(record.citation) != record.is_reference
+    assert list(METHODS)[: len(SHIPPED)] == list(SHIPPED)
+
+
+# The server's work, which `--dry-run` counts.
+
+
+@pytest.mark.parametrize("method", GENERATORS)
+@pytest.mark.parametrize("images", [1, 8])
+def test_the_work_of_a_generator_is_the_batches_that_train_it(method, images, clients, tmp_path, monkeypatch):
+    """With one image there is one round, whatever the setting."""
+    batches, logits = [], Ensemble.logits
+
+    def count(self, x, keep=None):
+        if x.requires_grad and torch.is_grad_enabled():
+            batches.append(len(x))
+        return logits(self, x, keep)
+
+    if method == "fdafl":  # it runs the members itself, for their features
+        module, excite = module_of(method), module_of(method).excite
+        monkeypatch.setattr(module, "excite", lambda e, x: batches.append(len(x)) or excite(e, x))
+    monkeypatch.setattr(Ensemble, "logits", count)
+    settings = small(own("co_boosting", perturbation=0), images=images)
+    METHODS[method](clients[:2], settings, Store(tmp_path))
+    work = METHODS[method].work_under(settings)
+    assert batches == [work.generator_batch] * work.generator_steps
+
+
+@pytest.mark.parametrize("method", DISTILLED)
+def test_the_work_of_calibration_is_that_of_the_methods_block(method):
+    assert METHODS[method].work_under(small(own(method, calibrate=0.3))).calibrate == 0.3
+
+
+def test_fadi_inverts_without_stops_and_fedmitr_with_the_runs(outcomes):
+    run = small({"inversion.stop_at": (1,), "inversion.stop_ratio": (0.5,)})
+    dense, sparse = METHODS["fadi"].work_under(run), METHODS["fedmitr"].work_under(run)
+    assert (dense.inversion.stop_at, dense.inversion.iterations) == ((), run.fadi.iterations)
+    assert sparse.inversion == run.inversion and not sparse.student_inverted and dense.student_inverted
+    alone = METHODS["fadi"].work_under(run.changed({"fadi.competition": 0}))
+    assert not alone.student_inverted
+
+
+def test_by_default_the_work_is_everybodys_budget_where_a_student_is_distilled():
+    bare = {family: dataclasses.replace(METHODS["dense"], work=None, family=family) for family in FAMILIES}
+    found = {family: record.work_under(small(images=7, steps=2)) for family, record in bare.items()}
+    assert found.pop("synthetic images") == Work(images=7, student_steps=2)
+    assert set(found.values()) == {Work()}

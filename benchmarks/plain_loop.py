@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def attention(layer: torch.nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Multi-head attention with its weights: tokens (B, L, d) to (B, L, d) and (B, heads, L, L)."""
+    """Return multi-head attention's output (B, L, d) and its weights (B, heads, L, L), for tokens (B, L, d)."""
     batch, length, width = tokens.shape
     qkv = layer.qkv(tokens).reshape(batch, length, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)
     query, key, value = qkv.unbind(0)
@@ -22,10 +22,10 @@ def attention(layer: torch.nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return layer.proj((weights @ value).transpose(1, 2).reshape(batch, length, width)), weights
 
 
-def forward(vit: VisionTransformer, images: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of images (B, ch, H, W) seen at patch places (B, M), and the last block's attention weights."""
+def forward(vit: VisionTransformer, images: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits of images (B, ch, H, W) from patches `keep` (B, M), and the last attention's weights."""
     tokens = vit.patch_embed(images) + vit.pos_embed[:, 1:]
-    tokens = tokens.gather(1, places[:, :, None].expand(-1, -1, tokens.shape[-1]))
+    tokens = tokens.gather(1, keep[:, :, None].expand(-1, -1, tokens.shape[-1]))
     cls = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(images), -1, -1)
     tokens = torch.cat([cls, tokens], dim=1)
     for block in vit.blocks:
@@ -35,13 +35,13 @@ def forward(vit: VisionTransformer, images: Tensor, places: Tensor) -> tuple[Ten
     return vit.head(vit.norm(tokens)[:, 0]), weights
 
 
-def jitter(images: Tensor, places: Tensor, patch: int, limit: int) -> tuple[Tensor, Tensor]:
-    """Roll all images by random pixels and perhaps mirror them; places go along by whole patches."""
+def jitter(images: Tensor, keep: Tensor, patch: int, limit: int) -> tuple[Tensor, Tensor]:
+    """Roll all images by random pixels and perhaps mirror them; kept patches move along by whole patches."""
     side = images.shape[-1] // patch
     down, right = random.randint(-limit, limit), random.randint(-limit, limit)
     images = torch.roll(images, (down, right), dims=(2, 3))
-    rows = (places // side + round(down / patch)) % side
-    columns = (places % side + round(right / patch)) % side
+    rows = (keep // side + round(down / patch)) % side
+    columns = (keep % side + round(right / patch)) % side
     if random.random() < 0.5:
         images, columns = images.flip(3), side - 1 - columns
     return images, rows * side + columns
@@ -59,21 +59,21 @@ def invert_plainly(
     share: float = 1 / 8,
     on_iteration=lambda step: None,
 ) -> tuple[Tensor, Tensor]:
-    """Invert labels (B,) with one teacher: images (B, ch, H, W) and the places (B, M) that survived."""
+    """Invert labels (B,) with one teacher; return images (B, ch, H, W) and the patches (B, M) that survived."""
     patch, size = vit.patch_embed.patch_size[0], vit.patch_embed.img_size[0]
     images = torch.randn(len(labels), vit.patch_embed.proj.in_channels, size, size, requires_grad=True)
     optimizer = torch.optim.Adam([images], lr, betas=(0.5, 0.99))
-    places = torch.arange(vit.patch_embed.num_patches).repeat(len(labels), 1)
+    keep = torch.arange(vit.patch_embed.num_patches).repeat(len(labels), 1)
     best, best_loss = images.data, float("inf")
     stops = dict(zip(stop_at, stop_ratio, strict=True))
     for step in range(iterations):
         if step in stops:
-            _, weights = forward(vit, images, places)
+            _, weights = forward(vit, images, keep)
             importance = weights.mean(dim=1)[:, 0, 1:]
-            stay = importance.topk(int(places.shape[1] * (1 - stops[step])), dim=1).indices
-            places = places.gather(1, stay)
-        seen, seen_places = jitter(images, places, patch, round(share * size))
-        logits, _ = forward(vit, seen, seen_places)
+            stay = importance.topk(int(keep.shape[1] * (1 - stops[step])), dim=1).indices
+            keep = keep.gather(1, stay)
+        view, view_keep = jitter(images, keep, patch, round(share * size))
+        logits, _ = forward(vit, view, view_keep)
         down = (images[:, :, 1:] - images[:, :, :-1]).norm()
         right = (images[..., 1:] - images[..., :-1]).norm()
         loss = F.cross_entropy(logits, labels) + tv * (down + right)
@@ -83,4 +83,4 @@ def invert_plainly(
         loss.backward()
         optimizer.step()
         on_iteration(step)
-    return best, places
+    return best, keep

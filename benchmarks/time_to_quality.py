@@ -1,12 +1,12 @@
 """Seconds per inverted image, and how sure the ensemble then is of the target: before and after a change.
 
-python benchmarks/time_to_quality.py --seeds 5-9                            the working tree
-PYTHONPATH=../before python benchmarks/time_to_quality.py --seeds 5-9       another checkout of the repository
+python benchmarks/time_to_quality.py --seeds 5-9                               the working tree
+PYTHONPATH=../before python benchmarks/time_to_quality.py --seeds 5-9          another checkout of this layout
 
-Also --set inversion.iterations=80 and the like. Every batch is inverted anew, in this process, one seed
-after the other; clients come from a store of their own. Confidence is the mean probability of the target:
-`teacher`, of the surviving patches by whoever was inverted, which is what inversion optimises; then by
-the ensemble: `survivors`; `whole`, with the background as inverted; `views`, of views as a student's.
+Also --set inversion.iterations=80 and the like. Every batch is inverted anew, in this process, one seed after the
+other; clients come from a store of their own. Confidence is the mean probability of the target class. `teacher`: of
+the surviving patches by the models that were inverted, which is what inversion optimises. Then by the ensemble:
+`survivors`; `whole`, with the background as inverted; `views`, of views like those of a student.
 """
 
 import time
@@ -20,7 +20,8 @@ import torch
 import fedmitr as fm
 from fedmitr.cli import parse_seeds
 from fedmitr.core.rng import derive_seed, make_rng
-from fedmitr.server.synthetic import SyntheticSet, label_batches
+from fedmitr.server.ensemble import held_classes
+from fedmitr.server.synthetic import label_batches
 from fedmitr.server.views import view
 from fedmitr.settings import parse_assignment
 
@@ -30,29 +31,33 @@ STRENGTH = 0.7  # of the views, whatever the settings say
 
 @torch.inference_mode()
 def confidence(
-    ensemble: fm.Ensemble, made: SyntheticSet, settings: fm.Settings, seed: int
+    ensemble: fm.Ensemble, synthetic: fm.SyntheticSet, settings: fm.Settings, seed: int
 ) -> dict[str, float]:
-    """Mean probability of the target by whoever was inverted, then by the ensemble on three kinds of view."""
+    """Return the mean probability of the target: by the inverted models, and by the ensemble in three ways."""
 
-    def of(images: torch.Tensor, keep: torch.Tensor | None = None) -> float:
-        return ensemble(images, keep).exp().gather(1, made.labels[:, None]).mean().item()
+    def by_ensemble(images: torch.Tensor, keep: torch.Tensor | None = None) -> float:
+        probabilities = ensemble(images, keep).exp()  # (n, C)
+        return probabilities.gather(1, synthetic.labels[:, None]).mean().item()
 
-    survivors = made.mask.int().topk(int(made.mask[0].sum()), dim=1).indices
-    rng, everyone = make_rng(seed, "quality"), torch.arange(len(made))
-    member = ensemble.members[0]
+    survivors = synthetic.mask.int().topk(int(synthetic.mask[0].sum()), dim=1).indices  # (n, M)
+    rng, pick = make_rng(seed, "quality"), torch.arange(len(synthetic))
     how = settings.distill.model_copy(update={"augment": STRENGTH})
-    views = [of(view(member, made, everyone, how, rng)[0]) for _ in range(VIEWS)]
-    teacher = (-made.loss).exp().mean().item()
-    found = {"teacher": teacher, "survivors": of(made.pixels, survivors), "whole": of(made.pixels)}
-    return found | {"views": sum(views) / VIEWS}
+    views = [view(ensemble.members[0], synthetic, pick, how, rng)[0] for _ in range(VIEWS)]
+    return {
+        "teacher": (-synthetic.loss).exp().mean().item(),
+        "survivors": by_ensemble(synthetic.pixels, survivors),
+        "whole": by_ensemble(synthetic.pixels),
+        "views": sum(map(by_ensemble, views)) / VIEWS,
+    }
 
 
 def measure(settings: fm.Settings, store: Path) -> dict[str, float]:
-    """One seed: all batches of the run's synthetic set."""
-    ensemble = fm.Ensemble(fm.Experiment(settings, store).uploads, settings.ensemble)
-    batches = label_batches(settings.inversion, ensemble.num_classes, settings.seed)
+    """Invert all batches of one seed's synthetic set, and return the seconds an image and the confidence."""
+    uploads = fm.Experiment(settings, store).uploads
+    ensemble = fm.Ensemble(uploads, settings.ensemble)
+    batches = label_batches(settings.inversion, held_classes(uploads), settings.seed)
     start = time.perf_counter()
-    made = SyntheticSet.concat(
+    synthetic = fm.SyntheticSet.concat(
         [
             fm.invert(
                 ensemble, labels, settings.inversion, derive_seed(settings.seed, "batch", index), recorded=0
@@ -60,8 +65,8 @@ def measure(settings: fm.Settings, store: Path) -> dict[str, float]:
             for index, labels in enumerate(batches)
         ]
     )
-    seconds = (time.perf_counter() - start) / len(made)
-    return {"seconds per image": seconds} | confidence(ensemble, made, settings, settings.seed)
+    seconds = (time.perf_counter() - start) / len(synthetic)
+    return {"seconds per image": seconds} | confidence(ensemble, synthetic, settings, settings.seed)
 
 
 @click.command()
@@ -71,7 +76,7 @@ def measure(settings: fm.Settings, store: Path) -> dict[str, float]:
     "--store", type=click.Path(path_type=Path), help="Keeps the clients; default a temporary folder."
 )
 def main(seeds: str, assignments: tuple[str, ...], store: Path | None) -> None:
-    """Measure the laptop profile with these settings."""
+    """Measure the laptop profile, with these settings changed."""
     overrides = dict(map(parse_assignment, assignments))
     with TemporaryDirectory() as folder:
         rows = {

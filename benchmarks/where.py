@@ -1,7 +1,7 @@
 """Where the time of an inversion step goes, by kind of operation.
 
 python benchmarks/where.py --model deit_tiny_patch16_224 --batch 8          the working tree
-PYTHONPATH=../before python benchmarks/where.py ...                         another checkout
+PYTHONPATH=../before python benchmarks/where.py ...                         another checkout of this layout
 """
 
 import re
@@ -27,7 +27,7 @@ KINDS = {  # the first whose pattern is the operation's whole name
 
 
 def kind(operation: str) -> str:
-    """The kind that an operation of torch's profiler belongs to."""
+    """Return the kind that an operation of torch's profiler belongs to."""
     name = operation.removeprefix("aten::")
     return next((k for k, pattern in KINDS.items() if re.fullmatch(pattern, name)), "everything else")
 
@@ -40,27 +40,26 @@ def kind(operation: str) -> str:
 @click.option("--iterations", default=20, show_default=True)
 @click.option("--precision", default="fp32", show_default=True)
 def main(model: str, batch: int, clients: int, threads: int, iterations: int, precision: str) -> None:
-    """Shares of the time of dense and of sparse steps."""
+    """Print the shares of the time of dense and of sparse steps, in per cent."""
     torch.set_num_threads(threads)
     vit = fm.create_vit(model, 10)
     upload = Upload(0, 10, ModelShape.of(model, vit), vit.state_dict(), (1,) * 10)
-    known = {"precision": precision} if "precision" in EnsembleSettings.model_fields else {}
-    ensemble = fm.Ensemble([upload] * clients, EnsembleSettings(mode="mean_logits", **known))
+    ensemble = fm.Ensemble([upload] * clients, EnsembleSettings(mode="mean_logits", precision=precision))
     shares = {}
     for name, stops in {"dense": (), "sparse": (1, 2, 3, 4)}.items():
-        published = {"teacher": "ensemble", "augment": 0}
         settings = InversionSettings(
             iterations=iterations,
             stop_at=stops,
             stop_ratio=(0.3,) * len(stops),
             flip=True,
             tv=1e-4,
-            **{name: value for name, value in published.items() if name in InversionSettings.model_fields},
+            teacher="ensemble",
+            augment=0,
         )
         for _ in range(2):  # the first time warms up
-            with profile(activities=[ProfilerActivity.CPU]) as seen:
+            with profile(activities=[ProfilerActivity.CPU]) as profiled:
                 fm.invert(ensemble, torch.arange(batch) % 10, settings, 0, recorded=0)
-        times = pd.Series({e.key: e.self_cpu_time_total for e in seen.key_averages()})
+        times = pd.Series({e.key: e.self_cpu_time_total for e in profiled.key_averages()})
         shares[name] = times.groupby(kind).sum() / times.sum()
     click.echo((100 * pd.DataFrame(shares)).round(1).sort_values("dense", ascending=False).to_string())
 

@@ -1,5 +1,6 @@
 """flower_app.py: the message, the server before a grid that needs no network, and real processes."""
 
+import dataclasses
 import importlib.metadata
 import os
 import subprocess
@@ -272,8 +273,7 @@ def test_a_spoilt_upload_is_left_out_by_name(nodes, config, capfd):
     [({"client": 3}, "allowed are 0 to 2"), ({"class_counts": None}, "class_counts is missing")],
 )
 def test_uploads_that_the_settings_do_not_ask_for_are_rejected(change, word, uploads, experiment, capfd):
-    content = pack(uploads[1])
-    card(**change)(content)
+    content = pack(dataclasses.replace(uploads[1], **change))
     ask = Message(RecordDict(), 7, "train")
     order = Order("fedmitr", experiment.settings, ())
     assert accept({7: Message(content, reply_to=ask)}, order, order.shape) == []

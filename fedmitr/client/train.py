@@ -88,7 +88,7 @@ def fit(
 
 def _one_optimizer(models: Sequence[nn.Module], settings: ClientSettings) -> torch.optim.Optimizer:
     """Make one optimiser of several models; in each its own names decide which weights decay."""
-    how = (settings.optimizer, settings.lr, settings.weight_decay, settings.momentum)
+    how = (settings.optimizer, settings.lr, settings.weight_decay)
     first, *others = (make_optimizer(model, *how) for model in models)
     for group in (group for other in others for group in other.param_groups):
         first.add_param_group(group)

@@ -7,13 +7,11 @@ import torch
 from torch import nn
 
 
-def make_optimizer(
-    model: nn.Module, name: str, lr: float, weight_decay: float, momentum: float = 0.9
-) -> torch.optim.Optimizer:
-    """Make AdamW or SGD ("sgd"); biases, norms, CLS and position embeddings are not decayed (as in DeiT).
+MOMENTUM = 0.9  # of SGD
 
-    momentum is SGD's alone.
-    """
+
+def make_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Make AdamW or SGD ("sgd"); biases, norms, CLS and position embeddings are not decayed (as in DeiT)."""
     skip = {"pos_embed", "cls_token", "dist_token", "reg_token"}
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [
@@ -21,7 +19,7 @@ def make_optimizer(
         {"params": [p for n, p in named if p.ndim <= 1 or n in skip], "weight_decay": 0.0},
     ]
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+        return torch.optim.SGD(groups, lr=lr, momentum=MOMENTUM)
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 

@@ -26,7 +26,7 @@ from .errors import BadInput
 from .machine import device, native_bf16
 
 SECONDS = "seconds.json"
-FORMAT = 4  # raised when a stage computes something else under the same settings
+FORMAT = 5  # raised when a stage computes something else under the same settings
 Artefact = TypeVar("Artefact")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..core.errors import BadInput
-from ..core.machine import autocast, compiled, uses_bf16
+from ..core.machine import autocast, uses_bf16
 from ..core.rng import make_rng
 from ..settings.schema import EnsembleSettings
 from ..upload import Upload, check_same_images
@@ -43,15 +43,14 @@ class CombinedModels(nn.Module):
         precision: str,
         grid: PatchGrid,
         stats: tuple[Tensor, Tensor],
-        class_logits: Callable[..., Tensor],
     ) -> None:
-        """Take mode and precision as in `EnsembleSettings`; class_logits may be the compiled function."""
+        """Take mode and precision as in `EnsembleSettings`."""
         super().__init__()
         self.members = nn.ModuleList(members)
         self.register_buffer("weights", weights)
         self.register_buffer("shares", shares)
         self.register_buffer("offset", offset)
-        self.mode, self.precision, self.class_logits = mode, precision, class_logits
+        self.mode, self.precision = mode, precision
         self.grid, self.stats, self.num_classes = grid, stats, len(offset)
         self.grids = [PatchGrid.of(member) for member in self.members]
 
@@ -103,7 +102,7 @@ class CombinedModels(nn.Module):
     def opponent_logits(self, model: VisionTransformer, patches: Tensor, positions: Tensor) -> Tensor:
         """Return class logits (B, C) of a model that is no member, on the ensemble's grid and precision."""
         with autocast(self.precision):
-            return self.class_logits(model, patches, positions).to(patches)
+            return class_logits(model, patches, positions).to(patches)
 
     # One member, on its own patches.
 
@@ -123,7 +122,7 @@ class CombinedModels(nn.Module):
 
     def member_logits(self, k: int, patches: Tensor, positions: Tensor) -> Tensor:
         """Return class logits (B, C) of member k."""
-        return self.class_logits(self.members[k], *self.patches_for(k, patches, positions))
+        return class_logits(self.members[k], *self.patches_for(k, patches, positions))
 
     def member_importance(self, k: int, patches: Tensor, positions: Tensor) -> Tensor:
         """Return CLS attention (B, M) of member k to patches of the ensemble's grid."""
@@ -195,7 +194,6 @@ class CombinedModels(nn.Module):
             precision=self.precision,
             grid=self.grid,
             stats=self.stats,
-            class_logits=self.class_logits,
         )
 
 
@@ -231,7 +229,6 @@ class Ensemble(CombinedModels):
             precision=settings.precision,
             grid=PatchGrid.of(like or members[0]),
             stats=normalisation(like or members[0]),
-            class_logits=compiled(class_logits) if settings.compile else class_logits,
         )
 
 

@@ -121,7 +121,6 @@ class ClientSettings(SettingsBlock):
     batch_size: Count = setting(32, "images per step")
     optimizer: Literal["adamw", "sgd"] = setting("adamw", "optimiser")
     lr: Positive = setting(1e-3, "peak learning rate")
-    momentum: Share = setting(0.9, "momentum of optimizer=sgd")
     weight_decay: NotNegative = setting(0.05, "weight decay; decoupled with adamw", "DeiT")
     schedule: Literal["one_cycle", "cosine", "constant"] = setting(
         "one_cycle", "course of the learning rate over the steps"
@@ -146,7 +145,6 @@ class EnsembleSettings(SettingsBlock):
         "choice; FedFTG: class",
     )
     precision: Precision = precision_of("the teacher, for inversion and for labels")
-    compile: bool = setting(False, "run the teacher through torch.compile; where that fails, as it is")
 
 
 class InversionSettings(SettingsBlock):

@@ -189,32 +189,9 @@ def test_auto_is_what_the_machine_has(uploads, monkeypatch):
     assert not same(made[True], made[False])
 
 
-def test_a_compiled_teacher_is_used_and_gives_the_same_images(uploads, monkeypatch, teacher):
-    calls = []
-
-    def compile(function, dynamic):
-        return lambda *args: calls.append(len(args)) or function(*args)
-
-    monkeypatch.setattr(torch, "compile", compile)
-    compiled = fm.Ensemble(uploads[:2], EnsembleSettings(mode="mean_probs", compile=True))
-    assert same(inverted(compiled), inverted(teacher)) and len(calls) == 2 * 8
-
-
-def test_where_compilation_fails_inversion_goes_on_and_says_so_once(uploads, monkeypatch, teacher):
-    def broken(*args):
-        raise RuntimeError("no compiler here\nand a long trace")
-
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: broken)
-    compiled = fm.Ensemble(uploads[:2], EnsembleSettings(mode="mean_probs", compile=True))
-    with pytest.warns(UserWarning, match="going on without it: no compiler here$") as warned:
-        made = inverted(compiled)
-    assert len(warned) == 1 and same(made, inverted(teacher))
-
-
 def test_published_settings_stay_the_published_ones():
     found = fm.Settings.load("paper")
     inversion = found.inversion
     assert (inversion.iterations, inversion.lr, inversion.betas) == (4000, 0.25, (0.5, 0.99))
     assert inversion.schedule == "constant" and inversion.stop_at == (50, 100, 200, 300)
     assert {found.ensemble.precision, found.distill.precision, found.client.precision} == {"fp32"}
-    assert not found.ensemble.compile

@@ -53,7 +53,7 @@ test: lint
 
 # Left out, in one line, only where Flower cannot be installed: whatever fails after that is a failure.
 test-flower: $(FLOWER_STAMP)
-	@test ! -e $(FLOWER_STAMP) || $(FLOWER)/bin/python -m pytest tests/test_flower.py
+	@test ! -e $(FLOWER_STAMP) || $(FLOWER)/bin/python -m pytest tests/flower
 
 flower: $(FLOWER_STAMP)
 	@test -e $(FLOWER_STAMP)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def attention(layer: torch.nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return multi-head attention's output (B, L, d) and its weights (B, heads, L, L), for tokens (B, L, d)."""
+    """Return the output (B, L, d) and weights (B, heads, L, L) of attention over tokens (B, L, d)."""
     batch, length, width = tokens.shape
     qkv = layer.qkv(tokens).reshape(batch, length, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)
     query, key, value = qkv.unbind(0)
@@ -23,7 +23,7 @@ def attention(layer: torch.nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward(vit: VisionTransformer, images: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits of images (B, ch, H, W) from patches `keep` (B, M), and the last attention's weights."""
+    """Return logits from patches `keep` (B, M) of images (B, ch, H, W), and the last attention weights."""
     tokens = vit.patch_embed(images) + vit.pos_embed[:, 1:]
     tokens = tokens.gather(1, keep[:, :, None].expand(-1, -1, tokens.shape[-1]))
     cls = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(images), -1, -1)
@@ -59,7 +59,7 @@ def invert_plainly(
     share: float = 1 / 8,
     on_iteration=lambda step: None,
 ) -> tuple[Tensor, Tensor]:
-    """Invert labels (B,) with one teacher; return images (B, ch, H, W) and the patches (B, M) that survived."""
+    """Invert labels (B,) with one teacher: return images (B, ch, H, W) and the patches (B, M) kept."""
     patch, size = vit.patch_embed.patch_size[0], vit.patch_embed.img_size[0]
     images = torch.randn(len(labels), vit.patch_embed.proj.in_channels, size, size, requires_grad=True)
     optimizer = torch.optim.Adam([images], lr, betas=(0.5, 0.99))

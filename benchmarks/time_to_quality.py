@@ -3,10 +3,10 @@
 python benchmarks/time_to_quality.py --seeds 5-9                               the working tree
 PYTHONPATH=../before python benchmarks/time_to_quality.py --seeds 5-9          another checkout of this layout
 
-Also --set inversion.iterations=80 and the like. Every batch is inverted anew, in this process, one seed after the
-other; clients come from a store of their own. Confidence is the mean probability of the target class. `teacher`: of
-the surviving patches by the models that were inverted, which is what inversion optimises. Then by the ensemble:
-`survivors`; `whole`, with the background as inverted; `views`, of views like those of a student.
+Also --set inversion.iterations=80 and the like. Every batch is inverted anew, in this process, one seed after
+the other; clients come from a store of their own. Confidence is the mean probability of the target class.
+`teacher`: of the surviving patches by the models that were inverted, which is what inversion optimises. Then
+by the ensemble: `survivors`; `whole`, with the background as inverted; `views`, as a student is shown them.
 """
 
 import time
@@ -18,8 +18,8 @@ import pandas as pd
 import torch
 
 import fedmitr as fm
-from fedmitr.cli import parse_seeds
 from fedmitr.core.rng import derive_seed, make_rng
+from fedmitr.experiments.compare import parse_seeds
 from fedmitr.server.ensemble import held_classes
 from fedmitr.server.synthetic import label_batches
 from fedmitr.server.views import view
@@ -33,7 +33,7 @@ STRENGTH = 0.7  # of the views, whatever the settings say
 def confidence(
     ensemble: fm.Ensemble, synthetic: fm.SyntheticSet, settings: fm.Settings, seed: int
 ) -> dict[str, float]:
-    """Return the mean probability of the target: by the inverted models, and by the ensemble in three ways."""
+    """Return the mean probability of the target by the inverted models, and by the ensemble in three ways."""
 
     def by_ensemble(images: torch.Tensor, keep: torch.Tensor | None = None) -> float:
         probabilities = ensemble(images, keep).exp()  # (n, C)

@@ -94,7 +94,7 @@ cluster_option = click.option(
     callback=set_backend,
     expose_value=False,
     metavar="ADDRESS",
-    help="A Dask or Ray cluster that runs already and sees the store; else one is started here.",
+    help="A Dask or Ray cluster that runs already and reaches the store; else one is started here.",
 )
 
 

@@ -1,8 +1,8 @@
 """The same clients and the same server as a Flower app: real machines, one upload from each (docs/flower.md).
 
-The server sends settings and gets uploads; what it makes of them is the method's own function, as in every
-other run. For the same shards, seed and settings its global model is the same, bit for bit on one machine.
-This module too sees both sides, but one in each process: what knows the data is imported by the client alone.
+The server sends settings and gets uploads; it runs the method's own function on them, as every other run
+does. For the same shards, seed and settings its global model is the same, bit for bit on one machine. This
+module knows both sides, but a process is one of them: only the client imports modules that know data.
 """
 
 import json
@@ -52,7 +52,7 @@ DEFAULTS = {
 
 
 def refusal(method: Method) -> str:
-    """Why a method cannot run as a Flower app of one exchange; empty where it can."""
+    """Return why a method cannot run as a Flower app of one exchange; empty where it can."""
     if method.given == "clients":
         return "it takes several exchanges"
     if method.given == "central":
@@ -60,12 +60,12 @@ def refusal(method: Method) -> str:
     if not method.sends:
         return "its clients send nothing"
     if not method.single_model:
-        return "it leaves no single model; the uploads, which every other method keeps, are it"
+        return "it leaves no single model, but the uploads, which every other method keeps"
     return ""
 
 
 class Order(NamedTuple):
-    """What the server asks of every client: settings, and class names where the task does not fix them."""
+    """The server's message to clients: method, settings, class names where the task does not fix them."""
 
     method: str
     settings: Settings
@@ -73,7 +73,7 @@ class Order(NamedTuple):
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> "Order":
-        """From Flower's run config; BadInput for what `fedmitr run` refuses and for what `refusal` names."""
+        """Read Flower's run config; BadInput for what `fedmitr run` refuses and for what `refusal` names."""
         method, seed = config["method"], config["seed"]
         reason = refusal(METHODS[method]) if method in METHODS else "unknown"
         if reason:
@@ -94,13 +94,14 @@ class Order(NamedTuple):
 
     @property
     def num_classes(self) -> int:
+        """The number of classes of the task."""
         return len(self.classes) or TASKS[self.settings.task.name]
 
     @property
     def shape(self) -> ModelShape:
-        """The global model's shape, and every client's but for the name; BadInput where a client's cannot be.
+        """The shape of the global model; a client's model differs from it by its name alone.
 
-        No weights are read for it.
+        Raises BadInput for a client's model that cannot have this shape. No weights are read.
         """
         settings = self.settings
         vit = create_vit(settings.model.name, self.num_classes, image_size=settings.model.image_size)
@@ -109,11 +110,13 @@ class Order(NamedTuple):
         return ModelShape.of(settings.model.name, vit)
 
     def pack(self) -> RecordDict:
+        """Write the order as Flower's records."""
         record = {"method": self.method, "settings": self.settings.model_dump_json()}
         return RecordDict({"order": ConfigRecord(record | {"classes": list(self.classes)})})
 
     @classmethod
     def unpack(cls, content: RecordDict) -> "Order":
+        """Read what `pack` wrote."""
         record = content["order"]
         return cls(record["method"], build(json.loads(record["settings"])), tuple(record["classes"]))
 
@@ -122,7 +125,10 @@ class Order(NamedTuple):
 
 
 def pack(upload: Upload) -> RecordDict:
-    """An upload as Flower's records: weights, and the card with its shape's fields as `shape.NAME`."""
+    """Write an upload as Flower's records: weights, and the card with its shape's fields as `shape.NAME`.
+
+    The card carries the SHA-256 of both, `Upload.digest`.
+    """
     card = upload.card.model_dump(exclude_none=True)
     shape = {f"shape.{name}": value for name, value in card.pop("shape").items()}
     if "class_counts" in card:
@@ -132,9 +138,9 @@ def pack(upload: Upload) -> RecordDict:
 
 
 def unpack(content: RecordDict, node: int, shape_of: Callable[[int], ModelShape]) -> Upload:
-    """The upload in a message, checked; BadInput, one line, names the client, or else the node.
+    """Read and check the upload in a message; BadInput, one line, names the client, or else the node.
 
-    shape_of(client) is what its model's shape must be.
+    shape_of(client): the shape that the client's model must have.
     """
     who = f"upload of node {node}"
     card, weights = content.get("card"), content.get("weights")
@@ -149,9 +155,8 @@ def unpack(content: RecordDict, node: int, shape_of: Callable[[int], ModelShape]
     except ValidationError as failure:
         error = failure.errors()[0]
         raise BadInput(f"{who}: card: {'.'.join(map(str, error['loc']))}: {error['msg']}") from None
-    if read.shape != (
-        shape := shape_of(read.client)
-    ):  # before a model is built that the server never asked for
+    shape = shape_of(read.client)
+    if read.shape != shape:  # before a model is built that the server does not expect
         raise BadInput(f"{who}: its model is {read.shape}, allowed is {shape}")
     try:
         tensors = {name: torch.from_numpy(array.numpy()).contiguous() for name, array in weights.items()}
@@ -171,13 +176,13 @@ client_app = ClientApp()
 
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train on the node's own data and answer with one upload, or with an error that tells nothing else."""
+    """Train on the node's own data and reply with one upload, or with an error that tells nothing else."""
     try:
         return Message(
             pack(local_upload(Order.unpack(message.content), context.node_config)), reply_to=message
         )
     except Exception as error:
-        # What failed may tell of paths and data, so it stays here: only that it failed goes out.
+        # The error may tell of paths and data, so it stays here: the server learns only that there was one.
         told = f"fedmitr: {error}\n" if isinstance(error, BadInput) else traceback.format_exc()
         print(told, end="", file=sys.stderr, flush=True)
         who = context.node_config.get("partition-id", "without a partition-id")
@@ -186,11 +191,11 @@ def train(message: Message, context: Context) -> Message:
 
 
 def local_upload(order: Order, node: Mapping[str, Any]) -> Upload:
-    """What this client sends; class counts only where the settings ask for them.
+    """Train this client and return what it sends, with class counts only where the order needs them.
 
     node: `partition-id`, the client's number; `data-dir`, a folder <class>/*.jpg of its own instead of the
-    shard that `fedmitr run` would give it; `store`, its folder of artefacts. Raises BadInput for these, and
-    as `Experiment` does.
+    shard that `fedmitr run` would give it; `store`, its folder of artefacts. Raises BadInput where these
+    cannot be used, and as `Experiment` does.
     """
     from .client.train import train_client
     from .data.photos import own_images
@@ -224,15 +229,15 @@ server_app = ServerApp()
 
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
-    """One round: settings out, uploads in, one global model written."""
+    """Run one round: settings out, uploads in, one global model written."""
     serve(grid, context.run_config)
 
 
 def serve(grid: Grid, config: Mapping[str, Any]) -> Outcome:
-    """Ask every node for its upload, run the method on those that came, write model and uploads.
+    """Get every node's upload, run the method on those that came, write model and uploads.
 
-    config: any of `DEFAULTS`. Raises BadInput, one line, for settings that cannot work, before any client
-    is asked, and for fewer than `min-clients` usable uploads.
+    config: any of `DEFAULTS`. Raises BadInput, one line, before any message is sent, for settings that cannot
+    work, and later for fewer than `min-clients` usable uploads.
     """
     config = DEFAULTS | dict(config)
     order = Order.read(config)
@@ -251,16 +256,16 @@ def serve(grid: Grid, config: Mapping[str, Any]) -> Outcome:
 
 
 def collect(grid: Grid, order: Order, config: Mapping[str, Any]) -> list[Upload]:
-    """The usable uploads, by client number; says which are missing, BadInput if too few are left."""
+    """Return the usable uploads by client number; log which are missing; BadInput if too few are left."""
     shape, clients = order.shape, order.settings.partition.clients
     nodes = wait_for_nodes(grid, clients, config["wait"])
     messages = [Message(order.pack(), node, "train", ttl=float(config["timeout"])) for node in nodes]
-    answers = list(grid.send_and_receive(messages, timeout=config["timeout"])) if messages else []
-    # By the message that it answers: for a node that is gone, Flower itself answers and is the sender.
-    asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
-    replies = {asked[answer.metadata.reply_to_message_id]: answer for answer in answers}
+    received = list(grid.send_and_receive(messages, timeout=config["timeout"])) if messages else []
+    # By the message that it replies to: for a node that is gone, Flower itself replies and is the sender.
+    node_of = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+    replies = {node_of[reply.metadata.reply_to_message_id]: reply for reply in received}
     for node in sorted(set(nodes) - set(replies)):
-        say(f"node {node} did not answer in {config['timeout']} s")
+        say(f"node {node} did not reply in {config['timeout']} s")
     uploads = accept(replies, order, shape)
     missing = sorted(set(range(clients)) - {upload.client for upload in uploads})
     came = f"{len(uploads)} of {clients} clients sent a usable upload"
@@ -272,7 +277,7 @@ def collect(grid: Grid, order: Order, config: Mapping[str, Any]) -> list[Upload]
 
 
 def wait_for_nodes(grid: Grid, clients: int, seconds: float) -> list[int]:
-    """All connected nodes, as soon as there is one for each client or the time is up."""
+    """Return all connected nodes, as soon as there is one for each client or the time is up."""
     end = time.monotonic() + seconds
     while len(nodes := sorted(grid.get_node_ids())) < clients and time.monotonic() < end:
         time.sleep(1)
@@ -280,10 +285,10 @@ def wait_for_nodes(grid: Grid, clients: int, seconds: float) -> list[int]:
 
 
 def accept(replies: Mapping[int, Message], order: Order, shape: ModelShape) -> list[Upload]:
-    """The usable uploads by client number, of the replies by node; says of each other what is wrong.
+    """Return the usable uploads in the order of clients; log, for each other reply, what is wrong with it.
 
-    shape is the global model's; a client's may differ from it by its name alone.
-    Where two nodes send for one client neither can be told to be the true one, so both are left out.
+    replies: by node. shape: the global model's; a client's differs from it by its name alone. Where two nodes
+    send for one client, neither can be told to be the true one, so both are left out.
     """
     uploads, clients = [], order.settings.partition.clients
     counted = find(order.method).asks_counts(order.settings)
@@ -311,5 +316,5 @@ def accept(replies: Mapping[int, Message], order: Order, shape: ModelShape) -> l
 
 
 def say(line: str) -> None:
-    """One line in the server's log."""
+    """Write one line to the server's log."""
     print(f"fedmitr: {line}", file=sys.stderr, flush=True)

@@ -29,7 +29,7 @@ cli.flower_supernode()
 class Cluster:
     """A SuperLink and a SuperNode for each client, every process with its output in NAME.log of the folder.
 
-    Client k's artefacts are in nodeK, the server's in `server`.
+    Client k's store is the folder nodeK, the server's `server`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,6 +37,7 @@ class Cluster:
         self.processes: dict[str, subprocess.Popen] = {}
 
     def begin(self, clients: int) -> None:
+        """Start the SuperLink and one SuperNode for each client; RuntimeError where it does not start."""
         port = free_port()
         (self.folder / "flwr").mkdir()
         (self.folder / "flwr" / "config.toml").write_text(
@@ -53,6 +54,7 @@ class Cluster:
             self.start(f"node{k}", sys.executable, "-c", SUPERNODE, "--insecure", *words)
 
     def start(self, name: str, *words: str) -> subprocess.Popen:
+        """Start a process with its output in NAME.log."""
         environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
@@ -67,23 +69,25 @@ class Cluster:
         return self.processes[name]
 
     def run(self, name: str, **config: Any) -> None:
-        """Starts a run with this run config; its model will be NAME.safetensors."""
+        """Start a run with this run config; its model will be NAME.safetensors."""
         config |= {"out": f"{self.folder / name}.safetensors", "store": str(self.folder / "server")}
         given = " ".join(f'{k}="{v}"' if isinstance(v, str) else f"{k}={v}" for k, v in config.items())
         self.start(name, "flwr", "run", str(ROOT / "flower"), "here", "--stream", "--run-config", given)
 
     def kill(self, name: str) -> None:
+        """Kill a process that was started, with all that it started."""
         kill(self.processes[name])
 
     def log(self, name: str) -> str:
+        """Read NAME.log."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
     def logs(self) -> str:
-        """The end of every log."""
+        """Return the end of every log."""
         return "\n".join(self.log(path.stem)[-2000:] for path in self.folder.glob("*.log"))
 
     def wait_for(self, name: str, words: str, times: int = 1, seconds: float = 180) -> None:
-        """Until words stand that many times in NAME's log; an error with all logs where they will not."""
+        """Wait until NAME's log holds words so many times; RuntimeError with all logs where it will not."""
 
         def told() -> bool:
             return self.log(name).count(words) >= times
@@ -95,7 +99,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def cluster(folder: Path, clients: int) -> Iterator[Cluster]:
-    """A `Cluster` in an empty folder; at the end, whatever it was, all that was started is killed."""
+    """Start a `Cluster` in an empty folder; in the end, however it comes, kill all that was started."""
     made = Cluster(folder)
     try:
         made.begin(clients)
@@ -105,7 +109,7 @@ def cluster(folder: Path, clients: int) -> Iterator[Cluster]:
 
 
 def kill(*processes: subprocess.Popen) -> None:
-    """SIGKILL for these and for all that they started, which Flower puts into sessions of their own."""
+    """Kill these and all that they started, which Flower puts into sessions of their own."""
     found = [psutil.Process(process.pid) for process in processes if process.poll() is None]
     for process in found:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -119,17 +123,20 @@ def kill(*processes: subprocess.Popen) -> None:
 
 
 def free_port() -> int:
+    """Return a port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def listens(port: int) -> bool:
+    """Whether something listens on a port of this machine."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def wait_until(true: Callable[[], bool], seconds: float) -> bool:
+    """Wait for a condition, at most so many seconds; return whether it came."""
     end = time.monotonic() + seconds
     while not (done := true()) and time.monotonic() < end:
         time.sleep(0.2)

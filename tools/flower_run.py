@@ -29,10 +29,9 @@ import fedmitr as fm
 from fedmitr.core.paths import home
 from fedmitr.core.store import read_tensors, write_csv
 from fedmitr.evaluation.metrics import accuracy
-from fedmitr.flower_app import DEFAULTS, REFUSED
-from fedmitr.methods import METHODS
-from fedmitr.methods._method import asks_counts
-from fedmitr.settings import PROFILES
+from fedmitr.flower_app import DEFAULTS, refusal
+from fedmitr.methods import METHODS, find
+from fedmitr.settings import PROFILES, parse_assignment
 
 RESULTS = home() / "results" / "flower.csv"
 KILLED = 2  # the client that does not come back
@@ -41,7 +40,7 @@ KILLED = 2  # the client that does not come back
 def over_flower(
     folder: Path, settings: fm.Settings, kill: bool, **config: Any
 ) -> tuple[dict[str, Tensor], list[fm.Upload], float]:
-    """The global model, the uploads that reached the server, and the seconds that it took."""
+    """Run once over Flower: return the global model, the uploads that reached the server, and the seconds."""
     clients = settings.partition.clients
     say(f"starting a SuperLink and {clients} SuperNodes")
     with cluster(folder, clients) as flower:
@@ -59,25 +58,25 @@ def over_flower(
 
 
 def in_process(experiment: fm.Experiment, method: str, clients: list[int]) -> nn.Module:
-    """The model that `fedmitr run` makes; where clients are missing, that of the others' uploads."""
+    """Return the model that `fedmitr run` makes, or that of these clients' uploads where some are missing."""
     if len(clients) == experiment.settings.partition.clients:
         return experiment.models(method)[0]
     uploads = [experiment.train(client) for client in clients]
-    if not asks_counts(experiment.settings, method):
+    if not find(method).asks_counts(experiment.settings):
         uploads = [upload.without_counts() for upload in uploads]
-    return METHODS[method](uploads, experiment.settings, experiment.store).models[0]
+    return find(method)(uploads, experiment.settings, experiment.store).models[0]
 
 
 def same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Bit for bit."""
+    """Whether two models agree in every weight, bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def compare(experiment: fm.Experiment, method: str, profile: str, kill: bool) -> dict[str, Any]:
-    """A row of the table."""
+def compare(experiment: fm.Experiment, method: str, kill: bool, **config: Any) -> dict[str, Any]:
+    """Return a row of the table: a run over Flower with this run config, and the same in this process."""
     settings = experiment.settings
     with tempfile.TemporaryDirectory() as aside:
-        written, uploads, seconds = over_flower(Path(aside), settings, kill, profile=profile, method=method)
+        written, uploads, seconds = over_flower(Path(aside), settings, kill, method=method, **config)
     clients = sorted(upload.client for upload in uploads)
     missing = sorted(set(range(settings.partition.clients)) - set(clients))
     say(f"{len(clients)} uploads came, {seconds:.0f} s; now the same in this process")
@@ -85,7 +84,7 @@ def compare(experiment: fm.Experiment, method: str, profile: str, kill: bool) ->
     over.load_state_dict(written)
     return {
         "method": method,
-        "profile": profile,
+        "profile": config["profile"],
         "seed": settings.seed,
         "nodes": settings.partition.clients,
         "killed": int(kill),
@@ -100,6 +99,7 @@ def compare(experiment: fm.Experiment, method: str, profile: str, kill: bool) ->
 
 
 def say(line: str) -> None:
+    """Print a line to stderr at once."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -110,18 +110,21 @@ def say(line: str) -> None:
     "--method",
     default=DEFAULTS["method"],
     show_default=True,
-    type=click.Choice([m for m in METHODS if m not in REFUSED]),
+    type=click.Choice([name for name, method in METHODS.items() if not refusal(method)]),
 )
-def main(profile: str, seed: int, method: str) -> None:
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Such as client.epochs=1.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="Default results/flower.csv.")
+def main(profile: str, seed: int, method: str, assignments: tuple[str, ...], out: Path) -> None:
     """Write results/flower.csv."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C: all that was started is ended
     for quiet in ("TQDM_DISABLE", "FEDMITR_STATIC"):  # a client's bar tells that it trains
         os.environ.pop(quiet, None)
-    settings = fm.Settings.load(profile, {"seed": seed})
+    settings = fm.Settings.load(profile, dict(map(parse_assignment, assignments)) | {"seed": seed})
+    config = {"profile": profile, "set": " ".join(assignments)}
     with tempfile.TemporaryDirectory() as store:
         experiment = fm.Experiment(settings, store)
-        table = pd.DataFrame([compare(experiment, method, profile, kill) for kill in (False, True)])
-    write_csv(table, RESULTS, digits=4)
+        table = pd.DataFrame([compare(experiment, method, kill, **config) for kill in (False, True)])
+    write_csv(table, out, digits=4)
     print(table.to_string(index=False))
 
 

@@ -86,11 +86,12 @@ def account_table(runs: pd.DataFrame, seconds: pd.DataFrame) -> pd.DataFrame:
     scores = summarise(runs)
     costs = runs.groupby("method")[list(ACCOUNT)].mean()
     costs = costs.join(seconds.groupby("method")[list(SECONDS)].mean())
-    rows, alone = {}, runs["seed"].nunique() == 1
+    rows, labels, alone = [], [], runs["seed"].nunique() == 1
     for method in in_order(costs.index):
         score, cost, record = scores.loc[method], costs.loc[method], described(method)
         times = cost["inference_flops"] / costs["inference_flops"].min()
-        rows[record.label + " *" * (not record.single_model)] = {
+        labels.append(record.label + " *" * (not record.single_model))
+        row = {
             "accuracy": f"{score['mean']:.3f}" + ("" if alone else f" ± {score['std']:.3f}"),
             "minus FedMITR [95 %]": interval(score),
             "exchanges": f"{cost['exchanges']:.0f}",
@@ -98,11 +99,12 @@ def account_table(runs: pd.DataFrame, seconds: pd.DataFrame) -> pd.DataFrame:
             "MB down": f"{cost['download_bytes'] / 1e6:.2f}",
             "synthetic images": f"{cost['synthetic_images']:.0f}",
             "student steps": f"{cost['student_steps']:.0f}",
-            "MFLOP an answer": f"{cost['inference_flops'] / 1e6:.0f}"
+            "MFLOP a prediction": f"{cost['inference_flops'] / 1e6:.0f}"
             + (f" ({times:.1f}×)" if times > 1.05 else ""),
             "server seconds": f"{cost['server_seconds']:.1f}",
         }
-    return pd.DataFrame.from_dict(rows, orient="index")
+        rows.append(row)
+    return pd.DataFrame(rows, index=labels)
 
 
 def interval(score: pd.Series) -> str:

@@ -8,11 +8,12 @@ import sys
 
 import pytest
 import torch
-from helpers import SMALL_OPTIONS, call_cli, read_cli
+from helpers import SMALL_OPTIONS, call_cli, read_cli, registrations_taken_back
 
 from fedmitr.evaluation.metrics import accuracy
 from fedmitr.experiments import run as runs
 from fedmitr.experiments.run import Experiment
+from fedmitr.methods import METHODS, Method, register
 from fedmitr.settings import Settings, parse_assignment
 from fedmitr.upload import Upload
 
@@ -145,4 +146,15 @@ def test_a_dry_run_tells_the_plan_and_does_nothing(profile, tmp_path, no_work):
     assert all(stage in done.stdout for stage in ("clients", "inversion", "labels", "student", "all"))
     told = json.loads(call_cli(*words, "--json").stdout.splitlines()[-1])
     assert [row["stage"] for row in told] == ["clients", "inversion", "labels", "student"]
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_dry_run_plans_a_method_of_your_own(tmp_path, no_work):
+    words = ["run", "--method", "textures", "--dry-run", *SMALL_OPTIONS, "--store", tmp_path / "store"]
+    with registrations_taken_back():
+        register(Method("textures", METHODS["dense"].run, label="Textures"))
+        assert [row["stage"] for row in read_cli(*words, "--json")] == ["clients", "labels", "student"]
+        told = call_cli(*words)
+    assert told.exit_code == 0 and "student" in told.stdout
+    assert call_cli(*words).exit_code == 2  # nobody knows it any more
     assert not (tmp_path / "store").exists()

@@ -3,9 +3,9 @@
 import json
 
 import torch
-from helpers import call_cli, read_cli
+from helpers import call_cli, read_cli, registrations_taken_back
 
-from fedmitr.methods import METHODS
+from fedmitr.methods import METHODS, Method, register
 from fedmitr.settings import PROFILES, fields
 
 
@@ -25,9 +25,31 @@ def test_settings_lists_every_setting_with_meaning_and_source():
         assert f"{row['setting']} = " in listed and row["meaning"] in listed and row["source"] in listed
 
 
+def test_methods_lists_every_record_one_line_each():
+    with registrations_taken_back():
+        register(Method("mine", METHODS["fedavg"].run, label="Mine", family="average"))
+        *lines, note = call_cli("methods").stdout.splitlines()
+        rows = [json.loads(line) for line in call_cli("methods", "--json").stdout.splitlines()]
+        records = list(METHODS.values())
+    assert [row["name"] for row in rows] == [line.split()[0] for line in lines] == [r.name for r in records]
+    for line, row, record in zip(lines, rows, records, strict=True):
+        assert all(text in line for text in (record.label, record.family, record.citation))
+        assert (row["label"], row["family"], row["citation"]) == (
+            record.label,
+            record.family,
+            record.citation,
+        )
+    found = {row["name"]: (row["sends"], row["exchanges"], row["models"]) for row in rows}
+    assert found["mine"] == found["fedmitr"] == (["weights"], 1, 1)
+    assert found["fedftg"] == (["weights", "class histogram"], 1, 1)
+    assert found["fusefl"] == (["weights"], "fusefl.stages", "K")
+    assert found["local"] == ([], 0, 1) and found["ensemble"] == (["weights"], 1, "K")
+    assert "ensemble.mode" in note and "inversion.teacher" in note
+
+
 def test_help_names_methods_and_profiles():
     told = " ".join(call_cli("run", "--help").stdout.split())
     assert all(word in told for word in (*METHODS, *PROFILES, "--set", "--json", "--store", "--jobs"))
     commands = call_cli("--help").stdout
-    assert all(word in commands for word in ("run", "compare", "reproduce", "info", "settings"))
+    assert all(word in commands for word in ("run", "compare", "reproduce", "info", "methods", "settings"))
     assert call_cli("--version").stdout.strip().endswith("0.1.0")

@@ -37,7 +37,7 @@ def test_the_table_tells_what_the_files_hold(files):
     assert dense["minus FedMITR [95 %]"].startswith(f"{scores.loc['dense', 'minus fedmitr']:+.3f} [")
     assert told.loc["FedMITR", "minus FedMITR [95 %]"] == ""
     assert (dense["MB up"], dense["MB down"]) == ("6.00", "6.00")
-    assert (dense["MFLOP an answer"], told.loc["FuseFL *", "MFLOP an answer"]) == ("24", "120 (5.0×)")
+    assert (dense["MFLOP a prediction"], told.loc["FuseFL *", "MFLOP a prediction"]) == ("24", "120 (5.0×)")
     assert dense["server seconds"] == f"{20 * list(METHODS).index('dense'):.1f}"
 
 
@@ -59,3 +59,10 @@ def test_a_users_method_has_a_row_whether_it_is_registered_here_or_not(tmp_path)
         told = account_table(*written(table, tmp_path))
     assert list(told.index) == ["My method", "FedMITR", "theirs", "central"]  # family by family
     assert told.loc["theirs", "MB up"] == "6.00" and told.loc["My method", "server seconds"] == "20.0"
+
+
+def test_two_methods_of_one_label_are_two_rows(tmp_path):
+    with registrations_taken_back():
+        register(Method("mine", run=METHODS["fedavg"].run, label="FedAvg", family="average"))
+        told = account_table(*written(comparison_table(["fedavg", "mine"]), tmp_path))
+    assert list(told.index) == ["FedAvg", "FedAvg"] and list(told["server seconds"]) == ["0.0", "20.0"]

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from fedmitr.core.paths import home
-from fedmitr.experiments.claims import FAILS, HOLDS, OPEN, UNTESTED, best_rival, claims, judge
+from fedmitr.experiments.claims import FAILS, HOLDS, OPEN, UNTESTED, best_other, claims, judge
 from fedmitr.experiments.statistics import paired
 
 CELLS = ("relabel", "pseudo-label tokens", "none")
@@ -42,8 +42,8 @@ def test_a_claim_holds_where_the_whole_interval_is_above_zero(low, high, said):
     assert judge(low, high) == said
 
 
-def test_the_best_rival_is_a_single_model(made):
-    assert best_rival(made[0]) == "dense"
+def test_the_best_other_method_leaves_a_single_model(made):
+    assert best_other(made[0]) == "dense"
 
 
 def test_the_card_judges_every_claim_by_its_own_runs(made):
@@ -59,11 +59,11 @@ def test_the_card_judges_every_claim_by_its_own_runs(made):
     for claim in ("The same over several skews", "It does over several skews"):
         assert "6 seeds, mean over α = 0.05, 0.1" in card.loc[claim, "what was run"]
     of = made[0].pivot(index="seed", columns="method", values="accuracy")
-    for claim, rival in (
+    for claim, other in (
         ("The same over several skews", "dense"),
         ("It does over several skews", "ensemble"),
     ):
-        mean, half = paired(of["fedmitr"], of[rival])  # every alpha takes as much from all methods
+        mean, half = paired(of["fedmitr"], of[other])  # every alpha takes as much from all methods
         assert card.loc[claim, "result"] == f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
     gap = (of["fedmitr"] - of["ensemble"]).mean()
     assert card.loc["One model replaces the ensemble of all uploads", "result"].startswith(f"{gap:+.3f}")

@@ -5,11 +5,14 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from helpers import registrations_taken_back, small_settings
+from joblib.externals.loky import get_reusable_executor
 
 from fedmitr.core.errors import BadInput
 from fedmitr.experiments import run as experiment
 from fedmitr.experiments.compare import parse_seeds
-from fedmitr.settings import Settings
+from fedmitr.methods import Method, Outcome, register
+from fedmitr.settings import Settings, SettingsBlock, setting
 from fedmitr.settings.schema import PartitionSettings
 
 module = importlib.import_module("fedmitr.experiments.compare")
@@ -150,3 +153,35 @@ def test_seeds_that_cannot_be_read_are_one_line(text, one_line):
     with pytest.raises(BadInput) as error:
         parse_seeds(text)
     one_line(error.value, f"seeds={text!r}")
+
+
+# A method of the reader's own.
+
+
+@pytest.fixture
+def own():
+    """The first client's model, registered in this process alone, with a block of settings."""
+
+    class MineSettings(SettingsBlock):
+        """Mine: whose model it is."""
+
+        client: int = setting(0, "the client whose model is taken")
+
+    def mine(uploads, settings, store):
+        return Outcome([uploads[settings.mine.client].vit()])
+
+    with registrations_taken_back():
+        register(Method("mine", mine, label="Mine", family="average", settings=MineSettings))
+        yield
+    get_reusable_executor().shutdown(wait=True)  # its workers know the method
+
+
+def test_a_method_of_your_own_is_compared_in_worker_processes_as_in_this_one(own, tmp_path, monkeypatch):
+    tables = []
+    for jobs in ("1", "2"):
+        monkeypatch.setenv("FEDMITR_JOBS", jobs)
+        settings = [small_settings(seed=seed, mine__client=1) for seed in (0, 1)]
+        tables.append(module.compare(["fedavg", "mine"], settings, tmp_path / jobs)[COLUMNS])
+    pd.testing.assert_frame_equal(*tables)
+    assert list(tables[0]["method"]) == ["fedavg", "mine"] * 2
+    assert tables[0]["upload_bytes"].nunique() == 1 and (tables[0]["exchanges"] == 1).all()

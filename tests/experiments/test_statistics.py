@@ -3,9 +3,11 @@
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import registrations_taken_back
 from scipy import stats
 
-from fedmitr.experiments.statistics import interval, skew_table, summarise, summarise_skews
+from fedmitr.experiments.statistics import across_skews, interval, skew_table, summarise, summarise_skews
+from fedmitr.methods import METHODS, Method, register
 
 
 @pytest.fixture
@@ -75,3 +77,58 @@ def test_without_fedmitr_or_with_one_seed_there_is_no_interval(runs):
     assert summarise(runs[runs["method"] != "fedmitr"])[["minus fedmitr", "± 95 %"]].isna().all(axis=None)
     one = summarise(runs[runs["seed"] == 0])
     assert one["± 95 %"].isna().all() and one["minus fedmitr"].notna().all()
+
+
+def test_a_users_method_is_summarised_whether_it_is_registered_here_or_not(runs):
+    names = {"fedavg": "mine", "ensemble": "theirs"}
+    with registrations_taken_back():
+        register(Method("mine", METHODS["fedavg"].run))
+        table = summarise(runs.replace({"method": names}))
+    pd.testing.assert_frame_equal(table, summarise(runs).rename(index=names))
+
+
+# Several skews, not all of which every method ran with every seed.
+
+
+@pytest.fixture
+def skews(runs):
+    """Five seeds at two alphas; the ensemble lacks seed 4 at the second, FedAvg all of the second."""
+    harder = runs.assign(alpha=0.05, accuracy=runs["accuracy"] / 2)
+    lacks = (harder["method"] == "ensemble") & (harder["seed"] == 4) | (harder["method"] == "fedavg")
+    return pd.concat([runs, harder[~lacks]])
+
+
+def test_a_seed_without_every_skew_is_left_out_for_its_method_alone(runs, skews):
+    found = across_skews(skews)
+    wanted = runs[runs["method"].isin(["fedmitr", "ensemble"])].assign(accuracy=0.75 * runs["accuracy"])
+    wanted = wanted[~((wanted["method"] == "ensemble") & (wanted["seed"] == 4))]
+    keys = ["method", "seed"]
+    pd.testing.assert_frame_equal(
+        found.sort_values(keys).reset_index(drop=True),
+        wanted[[*keys, "accuracy"]].sort_values(keys).reset_index(drop=True),
+    )
+
+
+def test_the_mean_over_skews_does_not_depend_on_which_other_methods_ran(skews):
+    alone = across_skews(skews[skews["method"] == "fedmitr"])
+    beside = across_skews(skews)
+    pd.testing.assert_frame_equal(alone, beside[beside["method"] == "fedmitr"].reset_index(drop=True))
+
+
+def test_the_table_of_skews_says_what_is_missing(skews):
+    table = skew_table(skews)
+    assert list(table.columns) == ["α = 0.05, 5 seeds", "α = 0.1, 5 seeds", "mean over α, 5 seeds"]
+    assert table.index[-1] == "fedavg"  # without a mean over α it has no place among the others
+    assert list(table.loc["fedavg"].eq("–")) == [True, False, True]
+    cells = table.loc["ensemble"]
+    assert [cell.endswith(" (4 seeds)") for cell in cells] == [True, False, True]
+    row = summarise(across_skews(skews)).loc["ensemble"]
+    assert cells.iloc[2] == f"{row['mean']:.3f} ± {row['std']:.3f}, {interval(row)} (4 seeds)"
+    assert not table.map(lambda cell: "nan" in cell).any(axis=None)
+
+
+def test_where_no_seed_ran_at_every_skew_the_mean_is_a_dash(runs):
+    apart = pd.concat([runs[runs["seed"] < 2], runs[runs["seed"] >= 2].assign(alpha=0.05)])
+    table = skew_table(apart)
+    assert len(across_skews(apart)) == 0 and table.iloc[:, 2].eq("–").all()
+    assert not table.iloc[:, :2].eq("–").any(axis=None)

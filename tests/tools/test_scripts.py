@@ -1,0 +1,149 @@
+"""Every script in tools/ runs at toy size; flower_run.py does in tests/flower, for it needs Flower."""
+
+import importlib.util
+import json
+import os
+import sys
+from types import ModuleType
+
+import flower_processes
+import nbformat
+import pandas as pd
+import psutil
+import pytest
+from click.testing import CliRunner
+
+from fedmitr.core.paths import home
+from fedmitr.experiments.headline import HEADLINE, record
+from fedmitr.experiments.reproduce import notebooks
+from fedmitr.settings import Settings
+
+FOLDER = home() / "tools"
+
+
+def load(name: str) -> ModuleType:
+    """A script as a module of its own, which a test may change."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_script_has_a_test():
+    scripts = {path.stem for path in FOLDER.glob("*.py")}
+    assert scripts == {"flower_processes", "flower_run", "publish", "readme"}
+
+
+# readme.py
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A checkout with a README, a run in its store and a notebook that `make reproduce` executed."""
+    (tmp_path / "README.md").write_text("before\n<!-- results: x -->\nold\n<!-- /results -->\nafter\n")
+    run = tmp_path / "store" / "runs" / "one" / "result.json"
+    run.parent.mkdir(parents=True)
+    settings = Settings.load("laptop").model_dump(mode="json")
+    seconds = {"inversion": 12.0, "distillation": 7.0}
+    run.write_text(json.dumps({"method": "fedmitr", "settings": settings, "seconds": seconds}))
+    executed = tmp_path / "reproduced" / "laptop" / "notebooks"
+    executed.mkdir(parents=True)
+    book = nbformat.v4.new_notebook(metadata={"papermill": {"duration": 90.0}})
+    nbformat.write(book, executed / "00_quickstart.ipynb")
+    monkeypatch.setenv("FEDMITR_STORE", str(tmp_path / "store"))
+    return tmp_path
+
+
+def test_readme_writes_the_shipped_results_and_measured_times(checkout, monkeypatch):
+    script = load("readme")
+    monkeypatch.setattr(script, "home", lambda: checkout)  # its tables stay those of this checkout
+    script.main()
+    text = (checkout / "README.md").read_text()
+    assert text.startswith("before\n") and text.endswith("<!-- /results -->\nafter\n") and "old" not in text
+    assert script.accuracy_table(pd.read_csv(script.RESULTS)) in text
+    assert "One run: inversion 12 s, distillation 7 s." in text
+    assert "1 notebooks from an empty store, after set-up: 1.5 minutes" in text
+
+
+# publish.py
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """What publish.py writes, and how it calls `reproduce`, which here records one number and one picture."""
+    script, calls = load("publish"), []
+    monkeypatch.setattr(script, "home", lambda: tmp_path)
+
+    def reproduce(profile, only=None, store=None, seed=None):
+        calls.append((only, seed))
+        assert os.environ["FEDMITR_STATIC"] == "1"
+        record({"accuracy": 0.5 + 0.1 * (seed or 0)}, profile)
+        output = tmp_path / "reproduced" / "publish" / f"seed{seed or 0}"
+        for name in ("figures", "notebooks"):
+            (output / name).mkdir(exist_ok=True)
+        (output / "figures" / "00_overview.png").write_bytes(b"picture")
+        book = nbformat.v4.new_notebook(metadata={"papermill": {"duration": 1.0}})
+        book.cells = [
+            nbformat.v4.new_code_cell("SEED = 1", metadata={"tags": ["injected-parameters"]}),
+            nbformat.v4.new_code_cell("1 + 1", metadata={"papermill": {"status": "completed"}}),
+        ]
+        nbformat.write(book, output / "notebooks" / "00_quickstart.ipynb")
+        return "the table"
+
+    monkeypatch.setattr(script, "reproduce", reproduce)
+    before = dict(os.environ)
+    done = CliRunner().invoke(
+        script.main, ["--profile", "smoke", "--into", str(tmp_path / "into")], catch_exceptions=False
+    )
+    assert done.exit_code == 0 and "the table" in done.output, done.output
+    assert dict(os.environ) == before
+    return tmp_path / "into", calls, script
+
+
+def test_publish_stores_pictures_numbers_with_their_spread_and_outputs(published):
+    into, calls, script = published
+    assert calls == [*((script.recording(), seed) for seed in (1, 2, 3, 4)), (None, None)]
+    assert (into / "figures" / "00_overview.png").read_bytes() == b"picture"
+    (row,) = pd.read_csv(into / HEADLINE).to_dict("records")
+    assert row["number"] == "accuracy" and row["stored"] == 0.5
+    assert row["spread"] == pytest.approx(pd.Series([0.5, 0.6, 0.7, 0.8, 0.9]).std(), abs=1e-4)
+
+
+def test_publish_leaves_nothing_of_papermill_in_a_notebook(published):
+    into, *_ = published
+    book = nbformat.read(into / "notebooks" / "00_quickstart.ipynb", as_version=4)
+    assert [cell.source for cell in book.cells] == ["1 + 1"] and book.cells[0].execution_count == 1
+    assert "papermill" not in book.metadata and not book.cells[0].metadata
+
+
+def test_publish_knows_the_notebooks_that_record_numbers():
+    numbers = load("publish").recording().split(",")
+    assert numbers and set(numbers) < {path.name[:2] for path in notebooks()}
+
+
+# flower_processes.py: what needs no Flower. Its cluster runs in tests/flower.
+
+
+def test_a_cluster_starts_logs_and_kills_processes(tmp_path):
+    nodes = flower_processes.Cluster(tmp_path)
+    nest = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    parent = nodes.start("parent", sys.executable, "-c", f"print('started', flush=True); {nest}")
+    nodes.wait_for("parent", "started", seconds=60)
+    family = psutil.Process(parent.pid)
+    assert flower_processes.wait_until(lambda: bool(family.children()), 60)
+    (child,) = family.children()
+    nodes.kill("parent")
+    assert flower_processes.wait_until(lambda: not child.is_running() or child.status() == "zombie", 10)
+    assert parent.returncode and nodes.logs() == nodes.log("parent") == "started\n"
+
+
+def test_words_that_do_not_come_are_an_error_with_the_logs(tmp_path):
+    nodes = flower_processes.Cluster(tmp_path)
+    nodes.start("short", sys.executable, "-c", "print('all there is')")
+    with pytest.raises(RuntimeError, match="all there is"):
+        nodes.wait_for("short", "something else", seconds=60)
+
+
+def test_a_free_port_is_one_that_nothing_listens_on():
+    assert not flower_processes.listens(flower_processes.free_port())
+    assert not flower_processes.wait_until(lambda: False, 0)

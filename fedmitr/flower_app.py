@@ -219,7 +219,7 @@ def local_upload(order: Order, node: Mapping[str, Any]) -> Upload:
         upload = train_client(vit, shard, settings.client, client=client, name=model.name, seed=settings.seed)
     else:
         upload = experiment.train(client)
-    return upload if find(order.method).asks_counts(settings) else upload.without_counts()
+    return upload if find(order.method).needs_counts_under(settings) else upload.without_counts()
 
 
 # --- the server -------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def accept(replies: Mapping[int, Message], order: Order, shape: ModelShape) -> l
     send for one client, neither can be told to be the true one, so both are left out.
     """
     uploads, clients = [], order.settings.partition.clients
-    counted = find(order.method).asks_counts(order.settings)
+    counted = find(order.method).needs_counts_under(order.settings)
 
     def shape_of(client: int) -> ModelShape:
         return shape.model_copy(update={"name": order.settings.model_of(client).name})

@@ -1,4 +1,4 @@
-"""The layout: torchvision beside any torch, what the server can reach, one direction of imports, file sizes."""
+"""The layout: torchvision beside any torch, the server's reach, one direction of imports, file sizes."""
 
 import ast
 import importlib

@@ -62,7 +62,7 @@ def in_process(experiment: fm.Experiment, method: str, clients: list[int]) -> nn
     if len(clients) == experiment.settings.partition.clients:
         return experiment.models(method)[0]
     uploads = [experiment.train(client) for client in clients]
-    if not find(method).asks_counts(experiment.settings):
+    if not find(method).needs_counts_under(experiment.settings):
         uploads = [upload.without_counts() for upload in uploads]
     return find(method)(uploads, experiment.settings, experiment.store).models[0]
 

@@ -2,15 +2,11 @@
 
 import importlib.metadata
 import platform
-import warnings
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 
 PACKAGES = ("fedmitr", "torch", "torchvision", "timm", "numpy", "scikit-learn", "pydantic", "safetensors")
 OPTIONAL = ("dask", "ray", "flwr")
-Returned = TypeVar("Returned")
 
 
 def device() -> torch.device:
@@ -34,28 +30,6 @@ def uses_bf16(precision: str) -> bool:
 def autocast(precision: str) -> torch.autocast:
     """Return a context in which matrix products are in bfloat16 if `uses_bf16(precision)`."""
     return torch.autocast(device().type, torch.bfloat16, enabled=uses_bf16(precision))
-
-
-def compiled(function: Callable[..., Returned]) -> Callable[..., Returned]:
-    """Return a function that runs this one through torch.compile.
-
-    If a call fails there, it warns once and from then on calls the function as it is.
-    """
-    fast = torch.compile(function, dynamic=False)
-    failed = False
-
-    def run(*args: object, **named: object) -> Returned:
-        nonlocal failed
-        if not failed:
-            try:
-                return fast(*args, **named)
-            except Exception as error:  # no compiler, no backend for this machine, an unsupported operation
-                failed = True
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
-                warnings.warn(f"torch.compile failed, going on without it: {reason}", stacklevel=2)
-        return function(*args, **named)
-
-    return run
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:

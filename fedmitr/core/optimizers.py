@@ -6,7 +6,6 @@ from functools import partial
 import torch
 from torch import nn
 
-
 MOMENTUM = 0.9  # of SGD
 
 

@@ -1,7 +1,7 @@
 """Headline numbers: what notebooks state, recorded as they run, and compared with what the repository ships.
 
-A notebook calls `record`; `fedmitr reproduce` ends with `compare_headline`: each number as stored, as measured
-now, and whether the difference lies within the spread over seeds. results/headline.csv is made by
+A notebook calls `record`; `fedmitr reproduce` ends with `compare_headline`: each number as stored, as
+measured now, and whether the difference lies within the spread over seeds. results/headline.csv is made by
 `make publish`, which runs the same notebooks on several seeds.
 """
 
@@ -68,8 +68,8 @@ def _verdict(row: pd.Series) -> str:
         return "not run"
     if pd.isna(row["stored"]):
         return "new"
-    room = 0.0 if pd.isna(row["spread"]) else WITHIN * row["spread"]
-    return "yes" if abs(row["yours"] - row["stored"]) <= room + 1e-4 else "no"
+    allowed = 0.0 if pd.isna(row["spread"]) else WITHIN * row["spread"]
+    return "yes" if abs(row["yours"] - row["stored"]) <= allowed + 1e-4 else "no"
 
 
 def headline_text(profile: str) -> str:
@@ -82,5 +82,9 @@ def headline_text(profile: str) -> str:
             "deviations over seeds of the stored ones."
         )
     else:
-        said = f"The stored numbers are of the {DEFAULT_PROFILE} profile; yours are of {profile}, not comparable."
-    return f"{table.to_string(float_format='{:.3f}'.format, na_rep='')}\n{said}"
+        said = f"The stored numbers are of profile {DEFAULT_PROFILE}, yours of {profile}: not comparable."
+    return f"{table.to_string(float_format=_number, na_rep='')}\n{said}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.0f}"

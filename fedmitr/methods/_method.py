@@ -154,7 +154,7 @@ class Method:
         block, name = self.exchanges.split(".")
         return getattr(getattr(settings, block), name)
 
-    def asks_counts(self, settings: Settings) -> bool:
+    def needs_counts_under(self, settings: Settings) -> bool:
         """Whether clients send their class histogram: the ensemble, inversion or the method needs it."""
         return self.needs_counts or settings.uses_counts
 

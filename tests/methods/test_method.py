@@ -80,8 +80,8 @@ def test_methods_that_need_class_histograms_refuse_uploads_without_and_no_others
 ):
     without = given(method, [u.without_counts() for u in clients])
     settings = small(UNCOUNTED)
-    assert METHODS[method].asks_counts(settings) == METHODS[method].needs_counts
-    assert METHODS[method].asks_counts(small())  # the ensemble's mode is class
+    assert METHODS[method].needs_counts_under(settings) == METHODS[method].needs_counts
+    assert METHODS[method].needs_counts_under(small())  # the ensemble's mode is class
     if METHODS[method].needs_counts:
         with pytest.raises(fm.BadInput) as error:
             METHODS[method](without, settings, Store(tmp_path))

@@ -3,8 +3,8 @@
     import fedmitr as fm
     result = fm.run("fedmitr", fm.Settings.load("laptop", {"partition.alpha": 0.1}))
 
-The rooms, in the order data flows: tasks, partition, client | upload | ensemble, inversion, relabel,
-distill, methods; around them experiment, metrics, plots, widgets, cli.
+Folders, in the order that data flows: data, client, server, methods, evaluation, experiments, figures.
+`upload` is what a client sends, `vision` the ViT, `settings` all settings, `core` store, processes, streams.
 """
 
 import importlib.util

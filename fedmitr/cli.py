@@ -181,7 +181,7 @@ def tell_plan(method: str, settings: Settings, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Last line of stdout: the table as one JSON object.")
 @settings_options
 def compare(methods, seeds, profile, task, clients, alpha, assignments, store, out, as_json) -> None:
-    """Several methods on the same clients, over several seeds (and skews)."""
+    """Run several methods on the same clients, seeds and skews."""
     chosen = [m.strip() for m in methods.split(",")]
     for name in chosen:
         find(name)
@@ -221,7 +221,7 @@ def tell_tables(summary, runs) -> None:
 def sweep(
     method, seeds, grid, cells, panels, profile, task, clients, alpha, assignments, store, out, as_json
 ) -> None:
-    """One method over a grid of settings, several seeds each."""
+    """Run one method over a grid of settings, several seeds each."""
     find(method)
     if bool(grid) == bool(cells):
         raise BadInput("give either --grid KEY=V1,V2 (repeatable) or --cells FILE")
@@ -263,7 +263,7 @@ def reproduce(profile, only, seed, store) -> None:
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def info(as_json) -> None:
-    """Versions, device, threads, and which optional parts are present."""
+    """Show versions, device, threads and optional packages."""
     from .core.machine import describe
 
     facts = describe()
@@ -277,7 +277,7 @@ def info(as_json) -> None:
 @main.command("methods")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def list_methods(as_json) -> None:
-    """Every method: label, family, what clients send, exchanges, models that a prediction runs, citation."""
+    """List every method: label, family, what clients send, exchanges, models a prediction, citation."""
     rows = list(map(method_row, METHODS.values()))
     if as_json:
         click.echo("\n".join(map(json.dumps, rows)))
@@ -309,7 +309,7 @@ def method_row(method: Method) -> dict[str, Any]:
 @main.command("settings")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def list_settings(as_json) -> None:
-    """Every setting: default, what is allowed, meaning and source."""
+    """List every setting: default, allowed values, meaning, source."""
     click.echo("\n".join(map(json.dumps, fields())) if as_json else settings_page())
 
 
@@ -331,7 +331,7 @@ def bench() -> None:
 @click.option("--against", type=click.Choice(["plain"]), help="Also time benchmarks/plain_loop.py.")
 @click.option("--json", "as_json", is_flag=True, help="Last line of stdout: the result as one JSON object.")
 def bench_inversion(as_json, **options) -> None:
-    """Seconds, GFLOP/s and memory of sparse and dense inversion, teachers of random weights."""
+    """Time sparse and dense inversion with random teachers: seconds, GFLOP/s, memory."""
     from .evaluation.bench import bench_inversion as measure
 
     report = measure(**options)

@@ -2,7 +2,7 @@
 
 The server sends settings and gets uploads; it runs the method's own function on them, as every other run
 does. For the same shards, seed and settings its global model is the same, bit for bit on one machine. This
-module knows both sides, but a process is one of them: only the client imports modules that know data.
+module holds client and server code; only the client's imports data modules.
 """
 
 import json

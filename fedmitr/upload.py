@@ -1,4 +1,4 @@
-"""The one message that crosses from client to server: weights, n_k and, where a method needs it, c_k.
+"""The upload: weights, n_k and, where a method needs it, c_k; sent once by each client.
 
 What comes from a client is not trusted until it is checked. `Upload.load` first reads a small card and the
 header of the weights file, and compares names, types and shapes with those of the declared model, which is
@@ -30,7 +30,7 @@ DTYPES |= {"I64": torch.int64}  # safetensors' names of the types that a model m
 
 
 class ModelShape(BaseModel):
-    """What the server needs to rebuild a client's model; its limits are checked before anything is built."""
+    """The architecture, classes and image size of an uploaded model; limits are checked before building."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str = Field(max_length=100)
@@ -61,12 +61,12 @@ class ModelShape(BaseModel):
 @lru_cache(maxsize=32)  # many clients share few shapes
 def _meta_arrays(shape: ModelShape) -> dict[str, Tensor]:
     with torch.device("meta"):
-        create_vit(shape.name)  # refuses what is no plain ViT before a size is believed: some take minutes
+        create_vit(shape.name)  # refuses other architectures before one of the declared size is built
         return shape.build().state_dict()
 
 
 class Card(BaseModel):
-    """What a client says beside its weights: the JSON of an upload."""
+    """The metadata of an upload: client number, n_k, model shape and, if sent, c_k."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     client: int = Field(ge=0)
@@ -76,14 +76,14 @@ class Card(BaseModel):
 
 
 class SealedCard(Card):
-    """A card as it is sent: with `Upload.digest`, so that no damaged byte of card or weights is believed."""
+    """A card as it is sent: with `Upload.digest`, which detects damage to card or weights."""
 
     sha256: str
 
 
 @dataclass(frozen=True)
 class Upload:
-    """One client's message: its number, its images n_k, its weights, and c_k only where it is asked for."""
+    """One client's message: its number, n_k, weights and, if the method needs it, c_k."""
 
     client: int
     size: int
@@ -93,7 +93,7 @@ class Upload:
 
     @property
     def card(self) -> Card:
-        """What the message says beside the weights."""
+        """The metadata of this upload."""
         return Card(client=self.client, size=self.size, shape=self.shape, class_counts=self.class_counts)
 
     @cached_property

@@ -60,7 +60,7 @@ def memory() -> float:
 def backend() -> str:
     """Return the joblib backend, $FEDMITR_BACKEND; raise BadInput if it is unknown or not installed.
 
-    And if $FEDMITR_CLUSTER gives a cluster to loky, which has none.
+    Raises it too where $FEDMITR_CLUSTER is set with loky, which has no clusters.
     """
     name = os.environ.get(BACKEND, "loky")
     if name not in BACKENDS:
@@ -123,7 +123,7 @@ def workers(name: str, processes: int) -> Iterator[joblib.Parallel]:
         except (OSError, ValueError) as error:  # no such host, no connection, not an address
             if not address:
                 raise
-            raise BadInput(f"{CLUSTER}={address!r}: no {name} cluster answers there") from error
+            raise BadInput(f"{CLUSTER}={address!r}: cannot connect to a {name} cluster") from error
         many = processes if name == "loky" else -1
         order = "list" if name == "ray" else "generator_unordered"  # Ray's backend returns lists only
         with joblib.parallel_config(backend=name):

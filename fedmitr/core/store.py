@@ -72,7 +72,7 @@ class Store:
         target = self.path(stage, key)
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=target.parent))
-        aside.chmod(0o755)  # mkdtemp lets one user in; a store may be shared
+        aside.chmod(0o755)  # mkdtemp is private to its user; a store may be shared
         try:
             write(aside)
             os.replace(aside, target)

@@ -38,7 +38,7 @@ def load_plain_loop() -> ModuleType:
 
 @torch.no_grad()
 def check_plain(plain: ModuleType, vit: VisionTransformer, model: str) -> None:
-    """Raise BadInput where the plain loop, which knows plain blocks only, computes other logits than timm."""
+    """Raise BadInput if the plain loop and timm give different logits for this model."""
     images = torch.randn((2, *PatchGrid.of(vit).image), generator=make_rng(0, "bench")).to(device())
     keep = torch.arange(vit.patch_embed.num_patches, device=device()).repeat(2, 1)  # (2, N)
     try:

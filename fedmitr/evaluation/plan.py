@@ -1,4 +1,4 @@
-"""What a run would do, before it does it: its stages, their operations, memory and messages.
+"""The plan of a run: stages with operations, memory and message sizes, computed without running.
 
 Everything here is computed, nothing is measured. Operations are those that torch counts in the model's own
 forward and backward passes on the `meta` device, which has shapes and no numbers; a stage's are those of its

@@ -19,7 +19,7 @@ WITHIN = 2  # standard deviations over seeds: about 95 % of seeds
 
 
 def record(numbers: Mapping[str, float], profile: str) -> None:
-    """Record numbers by name in the run's results/numbers.csv; one of a known name takes its place."""
+    """Record numbers by name in the run's results/numbers.csv; an existing name is replaced."""
     path = output_folder("results", profile) / NUMBERS
     known = read_numbers(path) if path.exists() else {}
     rows = {**known, **{name: round(float(value), 4) for name, value in numbers.items()}}

@@ -1,6 +1,6 @@
 """One run: settings in, one Result out; every stage is kept in the store and reused.
 
-This module and `flower_app` are the only ones that know both sides. Clients get shards and give uploads;
+Only this module and `flower_app` import both client and server code. Clients get shards and give uploads;
 methods get uploads.
 """
 
@@ -48,7 +48,7 @@ class Experiment:
 
     @cached_property
     def initial(self) -> VisionTransformer:
-        """The shared initial model that the server hands to the clients."""
+        """The shared initial model that the server sends to the clients."""
         return shared_vit(self.settings.model, num_classes(self.settings.task))
 
     def shared(self, model: ModelSettings) -> VisionTransformer:
@@ -188,7 +188,7 @@ class Experiment:
         return [self.settings.task.model_dump(exclude={"data_dir", "download"}), self.task.digest]
 
     def outcome(self, method: str) -> Outcome:
-        """Run a method and return what it leaves behind: models, synthetic images, account."""
+        """Run a method and return its `Outcome`: models, synthetic images, costs."""
         record = find(method)
         if record.given == "clients":
             return self._exchange(record)

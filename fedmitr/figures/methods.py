@@ -145,7 +145,7 @@ def costs(runs: pd.DataFrame, seconds: pd.DataFrame) -> Figure:
         _draw_costs(axis, scores, cost)
         axis.set(xlabel=label)
     axes[0].set(ylabel="test accuracy, mean ± std", title="What the server computes")
-    axes[1].set(title="What crosses the wire")
+    axes[1].set(title="Bytes sent, up and down")
     _draw_key(figure)
     return figure
 

@@ -1,8 +1,8 @@
-"""Every method of the comparison: uploads in, an `Outcome` out, and a record that says the rest.
+"""All methods: functions from uploads to an `Outcome`, each registered with a `Method` record.
 
 All share one signature, `method(uploads, settings, store) -> Outcome`. A method gets uploads only, never a
-data set. Two get something else: `central` the one upload of a client that holds all data, and `fusefl`,
-which takes several exchanges, the clients behind a narrow protocol. The reported accuracy is the mean over
+data set. Exceptions: `central` gets one upload trained on all data, and `fusefl`, which takes several
+exchanges, gets clients (protocol `fusefl.Client`). The reported accuracy is the mean over
 the outcome's models: one, or one per client for `local`.
 
 To add a method, write a file with its function and its record, `METHOD`, and add a line to `SHIPPED` below;

@@ -60,7 +60,7 @@ class Generator(nn.Module):
         rng: torch.Generator,
         conditional: bool = False,
     ) -> None:
-        """vit: a model that takes these images. rng: fixes the initial weights; torch's own is left alone."""
+        """Build the generator of images for `vit`; rng fixes its initial weights."""
         super().__init__()
         self.side, width = vit.patch_embed.img_size, settings.width
         doublings = max(0, math.ceil(math.log2(max(self.side) / COARSEST)))

@@ -1,8 +1,9 @@
 """The record of a method: everything that the rest of the package knows of it, in one place.
 
-The command line, the checks before a run, the tables, the figures, the Flower app, the plan of `--dry-run`
-and tuning read these records. So a new method is a file of its own and one line in `methods/__init__.py`, or
-one call of `register` in a notebook.
+The command line, the checks before a run, tables, figures, the Flower app and `--dry-run`
+read these records; `search` is what tuning may try. So a new method is a file of its own and one line in
+`methods/__init__.py`, or one call of `register` in a notebook. fedavg.py is the shortest example, dense.py one
+with settings. `run` may ignore the store; `_student.stored` is how methods keep their results in it.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +26,7 @@ FAMILIES: tuple[Family, ...] = get_args(Family)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method leaves behind and what it cost, in the same terms for all methods.
+    """The result of a method: models and costs, in the same terms for all methods.
 
     models: one global model, or one per client (`local`). seconds: the server's, by stage, measured when the
     stage was computed. synthetic: the images that the student learned from; student_steps: its optimiser
@@ -44,7 +45,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Work:
-    """What a method's server computes, as passes through models; `evaluation.plan` says what they cost.
+    """The server's computation, counted in passes through models; `evaluation.plan` turns it into costs.
 
     images: synthetic images in all. inversion: the settings that they are inverted with, None where none
     are; student_inverted: the student's forward and backward pass is part of every iteration.
@@ -164,7 +165,7 @@ TAKEN = frozenset(Settings.model_fields) | frozenset(dir(Settings))  # no name o
 
 
 def register(*methods: Method) -> None:
-    """Make methods known to the whole package and its workers; one of a known name takes its place.
+    """Make methods known to the whole package and its workers; an existing name is replaced.
 
     Raises BadInput, before any is known, for a name that is no Python name, for one with a block of settings
     that `Settings` uses already, and for an unknown family.
@@ -203,7 +204,7 @@ def find(name: str) -> Method:
 
 def described(name: str) -> Method:
     """Return the record of a method, or one with the defaults for a name in a table from elsewhere."""
-    return METHODS.get(name) or Method(name, run=lambda *_: find(name))  # to run it is refused
+    return METHODS.get(name) or Method(name, run=lambda *_: find(name))  # running it raises BadInput
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -94,7 +94,10 @@ class Student:
     change: Callable[[Ensemble, Tensor], Tensor] | None = None
 
     def __init__(self, uploads: Sequence[Upload], settings: Settings, method: str, steps: int) -> None:
-        """steps: of all rounds together. The method's own block is read where it has `StudentSettings`."""
+        """Build ensemble, student and optimiser.
+
+        method: names the block of settings, read where it has `StudentSettings`. steps: of all rounds.
+        """
         self.ensemble = build_ensemble(uploads, settings)
         self.vit = student_start(uploads, settings)
         own = getattr(settings, method, None)
@@ -197,7 +200,7 @@ Images = Sequence[tuple[Tensor, Tensor]]  # batches of images (n, ch, H, W) with
 
 @dataclass(frozen=True)
 class Generation:
-    """How a method makes its images, and who labels them.
+    """A method's way to make images and, optionally, its own teacher.
 
     make(r): the images of round r. teacher: the ensemble by default. before_learning(r): called when the
     images of round r are in the pool.

@@ -71,6 +71,7 @@ def _begin(
     rng: torch.Generator,
     progress: Callable[[int], object],
 ) -> Generation:
+    """Prepare a run; counts holds the number of images of each round."""
     own, batch_size = settings.co_boosting, settings.distill.batch_size
     teacher = student.ensemble
     teacher.mode = MODE

@@ -14,6 +14,8 @@ absent; nothing takes its place. The student starts where every method's does (`
 and optimiser are those of the `distill` block (at a rate of its own), and A is the run's ensemble. Ours:
 the images' labels enter the student's loss (`dense.ce_weight`) and give A class offsets
 (`dense.calibrate`).
+
+`_generator.distil_generated` runs the rounds; this file supplies the loss and how images are made.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,7 +52,9 @@ class DenseSettings(GeneratorSettings):
     disagreement: NotNegative = setting(
         1.0, "weight of the boundary-support loss", "DENSE, in Co-Boosting's code"
     )
-    temperature: Positive = setting(3.0, "T of that loss", "DENSE, in Co-Boosting's code")
+    temperature: Positive = setting(
+        3.0, "temperature T of the boundary-support loss", "DENSE, in Co-Boosting's code"
+    )
 
 
 def dense(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
@@ -66,6 +70,7 @@ def _begin(
     rng: torch.Generator,
     progress: Callable[[int], object],
 ) -> Generation:
+    """Prepare a run; counts holds the number of images of each round."""
     targets = balanced_targets(uploads, counts, rng)
     loss = partial(generator_loss, student.ensemble, student.logits, own)
 

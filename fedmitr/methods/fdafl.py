@@ -63,6 +63,7 @@ def _begin(
     rng: torch.Generator,
     progress: Callable[[int], object],
 ) -> Generation:
+    """Prepare a run; counts holds the number of images of each round."""
     generator = Generator(student.vit, own, rng)
     optimizer = make_adam(generator.parameters(), own)
 

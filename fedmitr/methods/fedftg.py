@@ -70,6 +70,7 @@ def _begin(
     rng: torch.Generator,
     progress: Callable[[int], object],
 ) -> Generation:
+    """Prepare a run; counts holds the number of images of each round."""
     known, totals = class_weights(uploads).to(device()), histograms(uploads).sum(0)  # (K, C), (C,)
     generator = Generator(student.vit, own, rng, conditional=True)
     optimizer = make_adam(generator.parameters(), own)

@@ -41,7 +41,7 @@ from ._method import Method, Outcome
 
 
 class Client(Protocol):
-    """All that the server knows of a client: what an upload's card says, and arrays in, arrays out."""
+    """The interface of a FuseFL client: metadata, and one training call per stage."""
 
     client: int
     size: int

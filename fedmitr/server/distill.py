@@ -71,7 +71,7 @@ def calibrated(
     """Return the ensemble with class offsets fitted to labelled views of the synthetic set (`fit_offset`).
 
     This helps where the images' labels do not come from the ensemble itself: with inversion.teacher=owners
-    they come from the one client that knows the class.
+    they come from a client drawn by its share of the class.
     """
     rng = make_rng(seed, "calibration")
 
@@ -146,9 +146,9 @@ def distill_loss(
     settings: DistillSettings,
     relabel: RelabelSettings,
 ) -> Tensor:
-    """Compute T²·KL(A^0 ‖ z^0) + λ_ce·CE(z^0, y) + λ_tok·(1/N) Σ_i CE(z^i, ℓ_i), a mean over images.
+    """Compute T²·KL(A_T ‖ softmax(z^0/T)) + λ_ce·CE(z^0, y) + λ_tok·(1/N) Σ_i CE(z^i, ℓ_i), mean over images.
 
-    images (B, ch, H, W); teacher: log-probabilities A^0 (B, C); labels y (B,); tokens: targets ℓ (B, N, C).
+    images (B, ch, H, W); teacher: log A^0 (B, C), A_T ∝ (A^0)^(1/T); labels y (B,); tokens: ℓ (B, N, C).
     """
     use_tokens = settings.token_weight > 0 and relabel.mode != "none"
     with autocast(settings.precision):
@@ -156,9 +156,9 @@ def distill_loss(
             cls_logits, token_logits = forward_tokens(student, images)  # z^0 (B, C), z^i (B, N, C)
         else:
             cls_logits, token_logits = image_logits(student, images), None
-    heat, cls_logits = settings.temperature, cls_logits.to(images)
-    target = tempered(teacher, heat)
-    loss = heat**2 * F.kl_div(F.log_softmax(cls_logits / heat, dim=-1), target, reduction="batchmean")
+    temperature, cls_logits = settings.temperature, cls_logits.to(images)
+    student_log_probs = F.log_softmax(cls_logits / temperature, dim=-1)
+    loss = temperature**2 * F.kl_div(student_log_probs, tempered(teacher, temperature), reduction="batchmean")
     if settings.ce_weight:
         loss = loss + settings.ce_weight * F.cross_entropy(cls_logits, labels)
     if use_tokens:

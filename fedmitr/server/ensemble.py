@@ -198,7 +198,7 @@ class CombinedModels(nn.Module):
 
 
 class Ensemble(CombinedModels):
-    """The uploaded models, combined by what the uploads say of their data.
+    """The uploaded models, weighted by n_k or c_k as `settings.mode` sets.
 
     The modes are `mean_probs` and `mean_logits` (1/K each), `size` (n_k / n, on probabilities) and `class`
     (c_k[y] / Σ_j c_j[y], on logits: a client counts for a class as much as it holds of it; FedFTG, Zhang et
@@ -241,8 +241,9 @@ class Owners:
 
     def __init__(self, ensemble: Ensemble, owner: Tensor) -> None:
         self.ensemble, self.owner = ensemble, owner
+        # rows[k]: indices in the batch of client k's images; back: the inverse permutation (B,)
         self.rows = [(owner == k).nonzero()[:, 0] for k in range(len(ensemble.members))]
-        self.back = torch.cat(self.rows).argsort()  # from client after client to the order of the batch
+        self.back = torch.cat(self.rows).argsort()
 
     @classmethod
     def draw(cls, ensemble: Ensemble, labels: Tensor, seed: int) -> "Owners":
@@ -324,7 +325,7 @@ def histograms(uploads: Sequence[Upload]) -> Tensor:
 
 
 def held_classes(uploads: Sequence[Upload]) -> Tensor:
-    """Return the classes (C',) that some client holds; all classes where an upload does not say."""
+    """Return the classes (C',) that some client holds; all C where an upload has no histogram."""
     if any(u.class_counts is None for u in uploads):
         return torch.arange(uploads[0].shape.num_classes)
     return histograms(uploads).sum(dim=0).nonzero()[:, 0]

@@ -1,6 +1,6 @@
 """Sparse model inversion: an ensemble and labels in, images and their surviving patches out (method step 3).
 
-Noise is optimised until its teacher predicts the wanted class: one client that knows the class, or the
+Noise is optimised until its teacher predicts the wanted class: a client that holds the class, or the
 ensemble (`inversion.teacher`). At each stop the patches that CLS attends to least leave for good: from then
 on they get no forward, no gradient, no update (SMI, Hu et al. 2024). An empty schedule of stops is dense
 inversion.

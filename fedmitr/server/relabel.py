@@ -15,10 +15,10 @@ from .synthetic import SyntheticSet
 
 
 def token_targets(labels: Tensor, mask: Tensor, soft: Tensor, settings: RelabelSettings) -> Tensor:
-    """Return each patch's target ℓ_i (B, N, C): one-hot y where mask is true, else the soft label.
+    """Return each patch's target ℓ_i (B, N, C): (1 − β)·one-hot y + β·soft_i where mask is true, else soft_i.
 
-    labels (B,); mask (B, N); soft (B, N, C) probabilities. `pseudo` labels every patch y, `soft`
-    none; `foreground_soft` mixes that share of the soft label into y.
+    labels y (B,); mask (B, N); soft (B, N, C) probabilities; β = `foreground_soft`, 0 in the paper. Mode
+    `pseudo` takes the first case for every patch, mode `soft` the second.
     """
     if settings.mode == "soft":
         return soft

@@ -26,7 +26,8 @@ from ..vision.vit import normalisation
 from .synthetic import SyntheticSet
 
 Shift = tuple[int, int]
-Batch = tuple[Tensor, ...]
+Batch = tuple[Tensor, ...]  # columns of one batch; each function states their order
+# patches (B, M, ch·p·p), positions (B, M), and the gradient's way back to images (B, ch·H·W)
 PatchView = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
 
 # Views of the images under inversion.
@@ -75,7 +76,10 @@ def random_move(grid: PatchGrid, jitter: float, flip: bool, rng: torch.Generator
 
 
 def windows(keep: Tensor, shift: Shift, flip: bool, grid: PatchGrid) -> tuple[Tensor, Tensor]:
-    """Return flat pixels (B, M·ch·p·p) and positions (B, M) at which a view shows kept patches (B, M)."""
+    """Return pixel indices and positions of kept patches (B, M) in a rolled and mirrored view.
+
+    The indices (B, M·ch·p·p) point into flat images (B, ch·H·W); positions are (B, M).
+    """
     positions = move(keep, shift, flip, grid.shape, grid.patch)
     row, column = _corners(positions, grid)  # (B, M, 1)
     row = row + torch.arange(grid.patch[0], device=keep.device) - shift[0]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """How images are cut into patches.
+    """The patch grid of a ViT.
 
     channels, image sides `size` in pixels, sides of one `patch` in pixels, and `shape`: patches down and
     across.

@@ -16,10 +16,9 @@ from .patches import cut_patches
 
 PATCHES_IN_TRAINING = 64 * 64  # one backward pass on a CPU holds no more: 64 images of 32x32 cut by four
 MODELS_AT_ONCE = 10  # with more models, fewer images are run at once
-AT_ONCE = 256  # small images in a batch without gradients
-PATCHES_AT_ONCE = (
-    AT_ONCE * 64
-)  # patches in a batch without gradients: those of 256 images of 32x32 cut by four
+# Without gradients a batch has at most so many images, or patches of as many images of 32x32 cut by four.
+AT_ONCE = 256
+PATCHES_AT_ONCE = AT_ONCE * 64
 
 
 def images_at_once(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""Models are built here: ViT-Micro and timm's Vision Transformers, their weights and the pixels they expect.
+"""Construction of models: ViT-Micro and timm's ViTs, their weights and pixel normalisation.
 
 A model is a plain timm `VisionTransformer`; nothing of timm is copied or subclassed. It needs a CLS token, an
 absolute position embedding and patches cut straight from the image, so that any subset of patches can be
@@ -183,7 +183,9 @@ def _create_timm(
     _check_multiple(name, vit.patch_embed.img_size[0], vit.patch_embed.patch_size[0])
     if not pretrained:
         return vit
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the line below says all
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # hide its retries; BadInput below reports the failure
     try:
         return timm.create_model(name, pretrained=True, num_classes=num_classes, **options)
     except (OSError, RuntimeError, ConnectionError) as error:

@@ -1,9 +1,9 @@
 """The record of a method: everything that the rest of the package knows of it, in one place.
 
-The command line, the checks before a run, tables, figures, the Flower app and `--dry-run`
-read these records; `search` is what tuning may try. So a new method is a file of its own and one line in
-`methods/__init__.py`, or one call of `register` in a notebook. fedavg.py is the shortest example, dense.py one
-with settings. `run` may ignore the store; `_student.stored` is how methods keep their results in it.
+The command line, the checks before a run, tables, figures, the Flower app and `--dry-run` read these
+records; `search` is what tuning may try. So a new method is a file of its own and one line in
+`methods/__init__.py`, or one call of `register` in a notebook. fedavg.py is the shortest example, dense.py
+one with settings. `run` may ignore the store; `_student.stored` is how methods keep their results in it.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

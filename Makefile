@@ -46,7 +46,7 @@ reproduce: setup
 	$(BIN)/fedmitr reproduce --profile $(PROFILE)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 	FEDMITR_PROFILE=smoke FEDMITR_JOBS=1 $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=600 \
 	  --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks/*.ipynb
 	@$(MAKE) --no-print-directory test-flower

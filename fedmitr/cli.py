@@ -156,8 +156,8 @@ def run(method, profile, task, clients, alpha, seed, assignments, store, as_json
         f"{method} on {result.task}, {result.clients} clients, seed {result.seed}: {result.accuracy:.3f}"
     )
     average = result.fedavg_accuracy
-    of_average = "" if average is None else f"one-shot FedAvg {average:.3f} · "
-    click.echo(f"  ensemble {result.ensemble_accuracy:.3f} · {of_average}", nl=False)
+    average_text = "" if average is None else f"one-shot FedAvg {average:.3f} · "
+    click.echo(f"  ensemble {result.ensemble_accuracy:.3f} · {average_text}", nl=False)
     click.echo(f"best client alone {result.best_local_accuracy:.3f}")
     click.echo(f"  uplink {result.upload_bytes / 1e6:.2f} MB · seconds {result.seconds}")
 

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from .core.errors import BadInput
 from .core.paths import default_store
 from .core.processes import jobs
-from .core.store import Store, check_writable, fingerprint, write_tensors
+from .core.store import Store, check_output, fingerprint, write_tensors
 from .methods import METHODS, Method, Outcome, check_methods, find
 from .settings import Settings, build, parse_assignment
 from .settings.schema import TASKS
@@ -57,6 +57,8 @@ def refusal(method: Method) -> str:
         return "it takes several exchanges"
     if method.given == "central":
         return "it needs all data in one place"
+    if not method.is_shipped:
+        return "its clients know only the methods that ship"
     if not method.sends:
         return "its clients send nothing"
     if not method.single_model:
@@ -242,7 +244,7 @@ def serve(grid: Grid, config: Mapping[str, Any]) -> Outcome:
     config = DEFAULTS | dict(config)
     order = Order.read(config)
     store, out = Store(config["store"] or default_store()), Path(config["out"]).expanduser()
-    check_writable(out.parent, f"out={str(out)!r}")
+    check_output(out, f"out={str(out)!r}")
     jobs()  # a number of processes that cannot be read is found now
     torch.set_num_threads(order.settings.threads)
     uploads = collect(grid, order, config)

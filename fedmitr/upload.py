@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 from pydantic_core import from_json
 from safetensors import safe_open
 from safetensors.torch import load, save
@@ -34,9 +34,9 @@ class ModelShape(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str = Field(max_length=100)
-    num_classes: int = Field(ge=1, le=MOST_CLASSES)
-    image_size: int = Field(ge=1, le=MOST_PIXELS)
-    in_chans: int = Field(ge=1, le=MOST_CHANNELS)
+    num_classes: int = Field(strict=True, ge=1, le=MOST_CLASSES)
+    image_size: int = Field(strict=True, ge=1, le=MOST_PIXELS)
+    in_chans: int = Field(strict=True, ge=1, le=MOST_CHANNELS)
 
     @classmethod
     def of(cls, name: str, vit: VisionTransformer) -> "ModelShape":
@@ -69,10 +69,15 @@ class Card(BaseModel):
     """The metadata of an upload: client number, n_k, model shape and, if sent, c_k."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    client: int = Field(ge=0)
-    size: int = Field(ge=1, le=2**53)  # n_k, exact as a float
+    client: int = Field(strict=True, ge=0, le=2**31)
+    size: int = Field(strict=True, ge=1, le=2**53)  # n_k, exact as a float
     shape: ModelShape
-    class_counts: tuple[int, ...] | None = None  # c_k
+    class_counts: tuple[StrictInt, ...] | None = None  # c_k
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the card in a message."""
+        return len(self.model_dump_json().encode())
 
 
 class SealedCard(Card):
@@ -113,7 +118,7 @@ class Upload:
 
         The checksum is part of the transport, as a packet's is, and not counted.
         """
-        return self._weights_file[1] + len(self.card.model_dump_json().encode())
+        return self._weights_file[1] + self.card.bytes
 
     def without_counts(self) -> "Upload":
         """Return the same upload without c_k, for methods that do not need it."""
@@ -144,7 +149,7 @@ class Upload:
         wanted = _arrays_of(who, card.shape)
         try:
             compare_arrays(who, _read_header(who, folder / WEIGHTS), wanted)
-            weights = load((folder / WEIGHTS).read_bytes())
+            weights = load(_read_file(folder / WEIGHTS))
         except BadInput:
             raise
         except Exception as error:  # whatever safetensors says of bytes that are no such file
@@ -169,11 +174,12 @@ def _read_card(folder: Path) -> SealedCard:
     """Read an upload's card; BadInput names the client, or the folder where the card does not say."""
     who, path = f"upload in {folder.name!r}", folder / CARD
     try:
-        if path.stat().st_size > CARD_BYTES:
-            raise BadInput(f"{who}: {CARD} is larger than {CARD_BYTES} bytes")
-        fields = from_json(path.read_bytes())
+        data = _read_file(path, CARD_BYTES + 1)
+        if len(data) > CARD_BYTES:
+            raise ValueError(f"it is larger than {CARD_BYTES} bytes")
+        fields = from_json(data)
         if isinstance(fields, dict) and isinstance(fields.get("client"), int):
-            who = f"upload of client {fields['client']}"
+            who = f"upload of client {str(fields['client'])[:20]}"
         return SealedCard.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -183,15 +189,24 @@ def _read_card(folder: Path) -> SealedCard:
         raise BadInput(f"{who}: {CARD} is not readable: {_first_line(error)}") from None
 
 
+def _read_file(path: Path, most: int = -1) -> bytes:
+    """Read a plain file, at most so many bytes; OSError for a device or a pipe, which may have no end."""
+    if not path.is_file():
+        raise OSError("there is no such file")
+    with path.open("rb") as file:
+        return file.read(most)
+
+
 def _read_header(who: str, path: Path) -> dict[str, Tensor]:
     """Read name, type and shape of each array in a safetensors file, as meta tensors; no array is read."""
     arrays = {}
+    _read_file(path, 0)  # OSError for what is no plain file
     with safe_open(path, framework="pt") as file:
         for name in sorted(file.keys()):
             array = file.get_slice(name)
             if (dtype := DTYPES.get(array.get_dtype())) is None:
                 raise BadInput(
-                    f"{who}: weight {name!r} is {array.get_dtype()}, allowed are {', '.join(DTYPES)}"
+                    f"{who}: weight {name[:100]!r} is {array.get_dtype()}, allowed are {', '.join(DTYPES)}"
                 )
             arrays[name] = torch.empty(array.get_shape(), dtype=dtype, device="meta")
     return arrays
@@ -223,7 +238,7 @@ def compare_arrays(who: str, arrays: Mapping[str, Tensor], expected: Mapping[str
     Tensors of either may be on the meta device.
     """
     for name in sorted(expected.keys() ^ arrays.keys()):
-        raise BadInput(f"{who}: weight {name!r} is {'missing' if name in expected else 'unknown'}")
+        raise BadInput(f"{who}: weight {name[:100]!r} is {'missing' if name in expected else 'unknown'}")
     for name, wanted in expected.items():
         value = arrays[name]
         if not isinstance(value, Tensor):

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,8 @@ def imports(package: Path, module: str, but: tuple[str, ...] = ()) -> set[str]:
         else:
             continue
         for name in names:
+            if name == package.name:
+                found.add("__init__")  # the public names: everything
             if name.startswith(f"{package.name}."):
                 found.add(name.removeprefix(f"{package.name}."))
     return {as_file(package, n) for n in found} - {None}
@@ -152,6 +155,16 @@ def test_the_server_cannot_see_data(module):
     assert not data_seen(reachable(PACKAGE, module))
 
 
+DYNAMIC = re.compile(r"import_module|__import__|importlib|exec\(|(?<![.])eval\(")
+
+
+@pytest.mark.parametrize("module", [m for m in module_names(PACKAGE) if m.startswith(BLIND)])
+def test_nothing_is_imported_by_name_where_no_data_is_seen(module):
+    source = (PACKAGE / f"{module.replace('.', '/')}.py").read_text()
+    by_name = {"methods.__init__": {"importlib", "import_module"}, "core.processes": {"__import__"}}
+    assert set(DYNAMIC.findall(source)) - {"importlib"} <= by_name.get(module, set())
+
+
 def test_only_the_client_of_the_flower_app_can_see_data():
     assert not data_seen(reachable(PACKAGE, "flower_app", but=("local_upload",)))
     assert data_seen(reachable(PACKAGE, "flower_app")) >= {"data.tasks", "client.train"}
@@ -196,6 +209,8 @@ def test_circles_are_found():
         "from .methods import peek",
         "from .methods.peek import look",
         "from .between import load_task",
+        "from . import load_task",
+        "import fed",
         "def f():\n    from fed.between import load_task",
     ],
 )
@@ -205,6 +220,7 @@ def test_the_walk_catches_every_way_to_the_data(line, tmp_path):
         (package / folder).mkdir(parents=True)
     files = {
         "data/__init__": "",
+        "__init__": "from .data.tasks import load_task",
         "data/tasks": "x = 1",
         "between": "from .data.tasks import load_task",
         "methods/__init__": "",

@@ -46,7 +46,8 @@ def test_at_the_default_skew_both_files_say_the_same():
 
 def map_rows():
     """The rows of the map: name of the step and the functions that it lists."""
-    part = README.read_text().split("## Read it")[1].split("\n\n")[1]
+    parts = README.read_text().split("## Read it")[1].split("\n\n")
+    part = next(part for part in parts if part.startswith("| step"))
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in part.splitlines()[2:]]
     return {row[1]: re.findall(r"`([\w.]+)`", row[-1]) for row in rows}
 

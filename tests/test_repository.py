@@ -219,6 +219,6 @@ def test_the_check_of_a_bare_checkout_can_be_run():
 
 
 def test_the_public_names_are_there():
-    rooms = "load_task partition create_vit train_client invert relabel_tokens distill run"
-    assert {*rooms.split(), "Upload", "Ensemble", "Settings"} <= set(fm.__all__)
+    names = "load_task partition create_vit train_client invert relabel_tokens distill run"
+    assert {*names.split(), "Upload", "Ensemble", "Settings"} <= set(fm.__all__)
     assert all(hasattr(fm, name) for name in fm.__all__)

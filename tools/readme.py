@@ -59,10 +59,10 @@ def times(store: Path, executed: Path) -> str:
     runs = [r for r in runs if r["settings"] | {"seed": 0} == usual]  # others are of sweeps and notebooks
     seconds = pd.DataFrame([r["seconds"] for r in runs if r["method"] in ("fedmitr", "central")]).mean()
     stages = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
-    of_all = pd.read_csv(seconds_file(RESULTS))
-    clients = of_all[of_all["method"] == "fedmitr"]["client_seconds"].sum()
-    clients += of_all[of_all["method"] == "fusefl"]["client_seconds"].sum()  # it trains them its own way
-    together = clients + of_all["server_seconds"].sum()
+    all_runs = pd.read_csv(seconds_file(RESULTS))
+    clients = all_runs[all_runs["method"] == "fedmitr"]["client_seconds"].sum()
+    clients += all_runs[all_runs["method"] == "fusefl"]["client_seconds"].sum()  # it trains them its own way
+    together = clients + all_runs["server_seconds"].sum()
     books = [nbformat.read(p, as_version=4) for p in sorted(executed.glob("*.ipynb"))]
     total = sum(b.metadata["papermill"]["duration"] for b in books)
     products = "bfloat16" if native_bf16() else "float32"

@@ -10,6 +10,7 @@ worker had not finished is computed by another.
 import multiprocessing
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ BYTES_EACH = 1.5e9  # memory that a process may need
 MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 VARIABLE, BACKEND, CLUSTER = "FEDMITR_JOBS", "FEDMITR_BACKEND", "FEDMITR_CLUSTER"
 BACKENDS = ("loky", "dask", "ray")
+# joblib replaces a worker whose memory has grown, and says so; nothing is lost by it.
+warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
 Item = TypeVar("Item")
 Returned = TypeVar("Returned")
 Call = tuple[Callable[..., object], tuple[Any, ...]]

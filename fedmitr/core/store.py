@@ -39,6 +39,13 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def check_output(file: Path, setting: str) -> None:
+    """Make the folder of a file to be written; BadInput, naming the setting, where it cannot be written."""
+    if file.is_dir():
+        raise BadInput(f"{setting} is a folder: give the path of a file")
+    check_writable(file.parent, setting)
+
+
 def check_writable(folder: Path, setting: str) -> None:
     """Make a folder; raise BadInput, naming the setting, when it cannot be made or written."""
     try:

@@ -6,6 +6,7 @@ from ..settings.schema import TaskSettings
 from .image_sets import FolderSet, Part, TorchvisionSet, add, subfolders
 
 TRAIN, TEST = {"train": True}, {"train": False}
+CHECKSUMS = ("train_list", "test_list")  # of torchvision's CIFAR
 DOMAINS = ("Art", "Clipart", "Product", "Real World")  # of Office-Home
 
 
@@ -49,6 +50,7 @@ add(
         files="cifar-10-batches-py/ (from cifar-10-python.tar.gz)",
         train=TRAIN,
         test=TEST,
+        facts=CHECKSUMS,
     ),
     TorchvisionSet(
         "cifar100",
@@ -59,6 +61,7 @@ add(
         files="cifar-100-python/ (from cifar-100-python.tar.gz)",
         train=TRAIN,
         test=TEST,
+        facts=CHECKSUMS,
     ),
     TorchvisionSet(
         "svhn",

@@ -72,18 +72,20 @@ class TorchvisionSet:
     train: Mapping[str, Any]
     test: Mapping[str, Any]
     labels: str = "targets"
-    facts: tuple[str, ...] = ("train_list", "test_list")
+    facts: tuple[str, ...] = ()
 
     def read_class(self) -> type:
         """Return torchvision's class."""
         import torchvision.datasets  # slow to import, and only these tasks need it
 
+        if not hasattr(torchvision.datasets, self.loader):
+            raise BadInput(f"task.name={self.name!r}: torchvision.datasets has no {self.loader!r}")
         return getattr(torchvision.datasets, self.loader)
 
     def digest(self) -> str:
         """Hash the facts that identify the data; no file is read."""
         loader = self.read_class()
-        facts = [getattr(loader, name) for name in self.facts]
+        facts = [getattr(loader, name) for name in self.facts] or [self.loader, self.images]
         return hash_of([self.name, facts[0] if len(facts) == 1 else facts])
 
     def refusal(self, settings: TaskSettings, problem: str) -> BadInput:

@@ -49,25 +49,25 @@ def render_letters(fonts: list[Path]) -> tuple[Tensor, Tensor]:
     return torch.tensor(np.stack(glyphs), dtype=torch.float32)[:, None], torch.tensor(labels)
 
 
-def handwrite(glyphs: Tensor, generator: torch.Generator) -> Tensor:
+def handwrite(glyphs: Tensor, rng: torch.Generator) -> Tensor:
     """Bend and thicken the strokes of glyphs (n, 1, 40, 40), and blur half of them as a coarse scan does."""
     n = len(glyphs)
-    bend = torch.randn(n, 2, 4, 4, generator=generator) * 0.11  # shifts (x, y), smooth over the glyph
+    bend = torch.randn(n, 2, 4, 4, generator=rng) * 0.11  # shifts (x, y), smooth over the glyph
     bend = F.interpolate(bend, size=GLYPH, mode="bicubic", align_corners=True).permute(0, 2, 3, 1)  # to last
     straight = F.affine_grid(torch.eye(2, 3).expand(n, -1, -1), list(glyphs.shape), align_corners=False)
     glyphs = F.grid_sample(glyphs, straight * 1.1 + bend, align_corners=False)
     thick = F.max_pool2d(glyphs, 5, stride=1, padding=2)
-    blend = torch.rand(n, 1, 1, 1, generator=generator)
+    blend = torch.rand(n, 1, 1, 1, generator=rng)
     glyphs = glyphs + blend * (thick - glyphs)
     coarse = F.interpolate(F.interpolate(glyphs, size=9, mode="area"), size=GLYPH, mode="bicubic")
-    blur = (torch.rand(n, 1, 1, 1, generator=generator) < 0.5).float()
+    blur = (torch.rand(n, 1, 1, 1, generator=rng) < 0.5).float()
     return (glyphs + blur * (coarse - glyphs)).clamp(0, 1)
 
 
-def letter_scenes(glyphs: Tensor, generator: torch.Generator) -> Tensor:
+def letter_scenes(glyphs: Tensor, rng: torch.Generator) -> Tensor:
     """Place glyphs (n, 1, 40, 40) at random in scenes (n, 1, 24, 24) in [0, 1] with random clutter."""
     n, size = len(glyphs), VIT_MICRO["img_size"]
-    maps = random_affine(n, generator, scale=(0.42, 0.8), degrees=20, shift=0.35, shear=0.25)
-    clutter = torch.rand(n, 1, 1, 1, generator=generator) * 0.7
-    brightness = 0.75 + 0.25 * torch.rand(n, 1, 1, 1, generator=generator)
-    return compose(place(glyphs, size, maps), clutter * texture(n, size, generator), brightness)
+    maps = random_affine(n, rng, scale=(0.42, 0.8), degrees=20, shift=0.35, shear=0.25)
+    clutter = torch.rand(n, 1, 1, 1, generator=rng) * 0.7
+    brightness = 0.75 + 0.25 * torch.rand(n, 1, 1, 1, generator=rng)
+    return compose(place(glyphs, size, maps), clutter * texture(n, size, rng), brightness)

@@ -9,7 +9,7 @@ import pandas as pd
 from ..core.errors import BadInput
 from ..core.processes import parallel
 from ..core.progress import progress
-from ..core.store import check_writable, write_csv
+from ..core.store import check_output, write_csv
 from ..settings import Settings
 from .result import Result
 from .run import Experiment
@@ -39,7 +39,7 @@ def compare(
     any work, for a method or a setting that cannot work.
     """
     if out:
-        check_writable(out.parent, f"out={str(out)!r}")
+        check_output(out, f"out={str(out)!r}")
     experiments = [Experiment(one, store) for one in settings]
     for experiment in experiments:  # all of them before the first is run
         experiment.check(methods)

@@ -6,9 +6,9 @@ from tqdm.auto import tqdm
 
 from ..core.errors import BadInput
 from ..core.paths import default_store, output_folder, reproduced, shipped
-from ..core.store import Store
+from ..core.store import Store, check_writable
 from ..settings import Settings
-from .headline import headline_text
+from .headline import NUMBERS, headline_text
 from .run import Experiment
 
 
@@ -33,10 +33,12 @@ def reproduce(
     """
     settings, chosen = Settings.load(profile), notebooks(only)
     store = Store(store or default_store())
+    check_writable(reproduced(profile), f"FEDMITR_OUTPUT={str(reproduced(profile))!r}")
     Experiment(settings, store).check()
     import papermill  # slow to import, and only this command needs it
 
     executed = output_folder("notebooks", profile)
+    (output_folder("results", profile) / NUMBERS).unlink(missing_ok=True)  # what this run does not measure
     parameters = {"PROFILE": profile, "STORE": str(store.root.resolve())}
     if seed is not None:
         parameters["SEED"] = seed

@@ -1,6 +1,7 @@
 """What one run reports: measured on the test split, written and read."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -59,7 +60,6 @@ def measure(outcome: Outcome, task: Task, found: Tensor | None = None) -> dict[s
     return {
         "accuracy": sum(own) / len(own),
         "accuracy_per_class": per_class.mean(0).tolist(),
-        "exchanges": outcome.exchanges,
         "synthetic_images": len(outcome.synthetic) if outcome.synthetic else 0,
         "student_steps": outcome.student_steps,
         "inference_flops": inference_flops(models[0], test.images[:1]),
@@ -83,15 +83,36 @@ def predict_references(
 
 
 def code_text(function: Callable | CodeType) -> str:
-    """Return a function's body as text, so that a method of your own that changed is run anew.
+    """Return a function as text, so that a method of your own that changed is run anew.
 
-    The text is the same in every process; what the function calls is not part of it.
+    Its name, body, defaults and closure count, and the arguments of a partial, as far as they cannot change;
+    what it calls does not. The text is the same in every process.
     """
-    code = getattr(function, "__code__", function)
-    if not isinstance(code, CodeType):
-        return repr(type(function))
-    constants = [code_text(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
-    return f"{code.co_code.hex()} {code.co_names} {constants}"
+    if isinstance(function, partial):
+        keywords = tuple(sorted(function.keywords.items()))
+        return f"{code_text(function.func)} {_text(function.args)} {_text(keywords)}"
+    if isinstance(function, CodeType):
+        return f"{function.co_code.hex()} {function.co_names} {_text(function.co_consts)}"
+    if not hasattr(function, "__code__"):
+        return f"{type(function).__module__}.{type(function).__qualname__}"
+    name = f"{function.__module__}.{function.__qualname__}"
+    cells = tuple(cell.cell_contents for cell in function.__closure__ or ())
+    defaults = (function.__defaults__, tuple(sorted((function.__kwdefaults__ or {}).items())))
+    return f"{name} {code_text(function.__code__)} {_text((defaults, cells))}"
+
+
+def _text(value: object) -> str:
+    """Return a constant value as text, free of addresses and of the order of sets; of others the type."""
+    if isinstance(value, CodeType | partial):
+        return code_text(value)
+    if hasattr(value, "__code__"):  # its code alone: it may refer to itself
+        return code_text(value.__code__)
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_text, value))})"
+    if isinstance(value, frozenset):
+        return f"{{{', '.join(sorted(map(_text, value)))}}}"
+    simple = value is None or isinstance(value, str | bytes | int | float | complex)
+    return repr(value) if simple else f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def write_result(result: Result, folder: Path) -> None:

@@ -28,7 +28,7 @@ from ..evaluation.metrics import share_correct
 from ..methods import Method, Outcome, check_methods, find
 from ..settings import Settings
 from ..settings.schema import ModelSettings
-from ..upload import Upload, wire_bytes
+from ..upload import ModelShape, Upload, wire_bytes
 from ..vision.stages import stage_blocks
 from ..vision.vit import client_vit, normalisation, shared_vit, weights_digest
 from .result import Result, code_text, measure, predict_references, read_result, write_result
@@ -130,7 +130,9 @@ class Experiment:
         check_methods(methods, self.settings)
         for client in range(len(self.shards)):
             if self.store.has("uploads", self.upload_key(client)):  # damaged ones are refused now
-                self.store.read("uploads", self.upload_key(client), Upload.load)
+                self.store.read(
+                    "uploads", self.upload_key(client), self._load(self.settings.model_of(client))
+                )
             self.shared(self.settings.model_of(client))
         if any(find(method).given == "clients" for method in methods):
             stage_blocks(len(self.initial.blocks), self.settings.fusefl.stages)
@@ -156,9 +158,15 @@ class Experiment:
                         progress=bar.update,
                     )
 
-                uploads.append(self.store.get("uploads", key_of(client), Upload.load, make, Upload.save))
+                uploads.append(
+                    self.store.get("uploads", key_of(client), self._load(model), make, Upload.save)
+                )
                 bar.update(before + local_steps(len(shard), settings) - bar.n)
         return uploads
+
+    def _load(self, model: ModelSettings) -> Callable[[Path], Upload]:
+        """Return a function that reads an upload of a client that started from this shared model."""
+        return partial(Upload.load, expected=ModelShape.of(model.name, self.shared(model)))
 
     def upload_key(self, client: int) -> str:
         """Return the address of a client's upload in the store."""
@@ -235,8 +243,8 @@ class Experiment:
 
     def result(self, method: str) -> Result:
         """Run a method and evaluate it and the references on the test split."""
-        function = find(method).run
-        own = [] if str(function.__module__).startswith("fedmitr.") else code_text(function)
+        record = find(method)
+        own = [] if record.is_shipped else [record.given, record.needs_counts, code_text(record.run)]
         uploads = [u.digest for u in self.uploads]
         key = fingerprint("run", method, own, uploads, self.settings.model_dump(), self.task.digest)
         return self.store.get("runs", key, read_result, lambda: self._evaluate(method, key), write_result)
@@ -266,8 +274,10 @@ class Experiment:
         """Count bytes up and down; by default one upload each, and the shared model to each client."""
         sent = self._uploads_for(find(method))
         up, down = outcome.uplink_bytes, outcome.downlink_bytes
+        exchanges = outcome.exchanges
         return {
-            "upload_bytes": sum(u.bytes for u in sent) if up is None else up,
+            "exchanges": find(method).exchanges_under(self.settings) if exchanges is None else exchanges,
+            "upload_bytes": sum(u.bytes for u in sent) * find(method).sends if up is None else up,
             "download_bytes": self._shared_bytes(sent) if down is None else down,
         }
 

@@ -42,8 +42,10 @@ def across_skews(runs: pd.DataFrame) -> pd.DataFrame:
     would be another quantity.
     """
     keys = ["method", "seed"]
-    complete = runs.groupby(keys)["alpha"].transform("nunique") == runs["alpha"].nunique()
-    return runs[complete].groupby(keys, sort=False, as_index=False)["accuracy"].mean()
+    each = runs.dropna(subset="accuracy").groupby([*keys, "alpha"], sort=False, as_index=False)
+    each = each["accuracy"].mean()  # a run that stands twice counts once
+    complete = each.groupby(keys)["alpha"].transform("nunique") == runs["alpha"].nunique()
+    return each[complete].groupby(keys, sort=False, as_index=False)["accuracy"].mean()
 
 
 def skew_table(runs: pd.DataFrame) -> pd.DataFrame:

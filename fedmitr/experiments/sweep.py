@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 
 from ..core.errors import BadInput
-from ..core.store import check_writable, write_csv
+from ..core.store import check_output, write_csv
 from ..settings import Settings, number
 from .compare import COLUMNS, compare
 from .statistics import paired
@@ -97,7 +97,7 @@ def sweep(
     Finished runs come from the store.
     """
     if out:
-        check_writable(out.parent, f"out={str(out)!r}")
+        check_output(out, f"out={str(out)!r}")
     check_cells(cells)
     grid = [
         (cell, Settings.load(profile, {**(overrides or {}), **cell.overrides, "seed": seed}))

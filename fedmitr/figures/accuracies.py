@@ -67,12 +67,12 @@ def per_class(
 
 
 @styled
-def confidence(seen: Tensor, unseen: Tensor) -> Figure:
+def confidence(own: Tensor, others: Tensor) -> Figure:
     """Draw each client's mean confidence (K,) on test images of classes that it holds, and of the others."""
     figure = new_figure(7, 2.8)
-    axis, at = figure.subplots(), np.arange(len(seen))
-    axis.bar(at - 0.2, seen, 0.38, color=BLUE, label="classes in its shard")
-    axis.bar(at + 0.2, unseen, 0.38, color=ORANGE, label="other classes: every prediction is wrong")
+    axis, at = figure.subplots(), np.arange(len(own))
+    axis.bar(at - 0.2, own, 0.38, color=BLUE, label="classes in its shard")
+    axis.bar(at + 0.2, others, 0.38, color=ORANGE, label="other classes: every prediction is wrong")
     axis.set_xticks(at, map(str, at))
     axis.set(xlabel="client", ylabel="mean confidence", ylim=(0, 1.3), yticks=[0, 0.5, 1])
     axis.legend(loc="upper center", ncols=2)

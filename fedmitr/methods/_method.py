@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from pydantic import ValidationError
 from torch import nn
 
 from ..core.errors import BadInput
@@ -20,6 +21,7 @@ from ..settings import Settings, SettingsBlock, add_block
 from ..settings.schema import InversionSettings
 from ..upload import Upload
 
+Given = Literal["uploads", "clients", "central"]
 Family = Literal["average", "statistics", "synthetic images", "fusion", "reference"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
@@ -30,15 +32,16 @@ class Outcome:
 
     models: one global model, or one per client (`local`). seconds: the server's, by stage, measured when the
     stage was computed. synthetic: the images that the student learned from; student_steps: its optimiser
-    steps. exchanges: how often clients and server exchanged messages. uplink_bytes, downlink_bytes: of all
-    messages together; None where every client sends one upload, and receives the shared model.
+    steps. exchanges: how often clients and server exchanged messages, None as the method's record says.
+    uplink_bytes, downlink_bytes: of all messages together; None where every client sends one upload (nothing,
+    if the record says so), and receives the shared model.
     """
 
     models: list[nn.Module]
     seconds: dict[str, float] = field(default_factory=dict)
     synthetic: SyntheticSet | None = None
     student_steps: int = 0
-    exchanges: int = 1
+    exchanges: int | None = None
     uplink_bytes: int | None = None
     downlink_bytes: int | None = None
 
@@ -113,9 +116,9 @@ class Method:
     family: Family = "synthetic images"
     citation: str = "yours"
     settings: type[SettingsBlock] | None = None
-    search: Search = field(default_factory=dict)
+    search: Search = field(default_factory=dict, hash=False)
     work: Callable[[Settings], Work] | None = None
-    given: Literal["uploads", "clients", "central"] = "uploads"
+    given: Given = "uploads"
     needs_counts: bool = False
     averages: bool = False
     single_model: bool = True
@@ -129,6 +132,11 @@ class Method:
     def __call__(self, uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
         """Run the method."""
         return self.run(uploads, settings, store)
+
+    @property
+    def is_shipped(self) -> bool:
+        """Whether it is the package's own method of its name."""
+        return getattr(self.run, "__module__", "") == f"{__package__}.{self.name}"
 
     @property
     def is_reference(self) -> bool:
@@ -191,8 +199,30 @@ def _check(method: Method) -> None:
         raise BadInput(f"method={name!r} is no name: allowed are letters, digits and _, a letter first")
     if method.settings and name in TAKEN:
         raise BadInput(f"method={name!r} is a name that settings have already: choose another")
+    if not callable(method.run):
+        raise BadInput(f"run of method={name!r} is no function of uploads, settings and store")
+    if method.settings:
+        _check_block(name, method.settings)
+    if method.given not in (allowed := get_args(Given)):
+        raise BadInput(
+            f"given={method.given!r} of method={name!r} is unknown: allowed are {', '.join(allowed)}"
+        )
+    if not isinstance(method.exchanges, int) and method.exchanges.partition(".")[0] not in (name, *TAKEN):
+        raise BadInput(f"exchanges={method.exchanges!r} of method={name!r} is neither a number nor a setting")
     if family not in FAMILIES:
         raise BadInput(f"family={family!r} of method={name!r} is unknown: allowed are {', '.join(FAMILIES)}")
+
+
+def _check_block(name: str, block: type[SettingsBlock]) -> None:
+    """Raise BadInput for what is no class of settings, or one without valid defaults."""
+    if not (isinstance(block, type) and issubclass(block, SettingsBlock)):
+        raise BadInput(f"settings of method={name!r} are no subclass of SettingsBlock")
+    try:
+        block.model_validate(block().model_dump())
+    except ValidationError as failure:
+        error = failure.errors()[0]
+        where = ".".join(map(str, error["loc"]))
+        raise BadInput(f"{name}.{where} has no valid default: {error['msg']}") from None
 
 
 def find(name: str) -> Method:

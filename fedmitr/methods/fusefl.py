@@ -81,7 +81,7 @@ def fusefl(clients: Sequence[Client], settings: Settings, store: Store) -> Outco
         if stage < stages - 1:
             received = fused.part(stage)
             down += len(clients) * wire_bytes(received)
-    return Outcome([fused.to(device())], seconds, exchanges=stages, uplink_bytes=up, downlink_bytes=down)
+    return Outcome([fused.to(device())], seconds, uplink_bytes=up, downlink_bytes=down)
 
 
 def stage_message(client: Client, stage: int, received: dict[str, Tensor], fused: Fused) -> dict[str, Tensor]:
@@ -95,7 +95,7 @@ def card_bytes(client: Client, counted: bool) -> int:
     """Count the bytes of a client's card, with its class histogram c_k only where `counted`."""
     counts = client.class_counts if counted else None
     card = Card(client=client.client, size=client.size, shape=client.shape, class_counts=counts)
-    return len(card.model_dump_json().encode())
+    return card.bytes
 
 
 METHOD = Method(

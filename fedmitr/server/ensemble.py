@@ -319,7 +319,7 @@ def histograms(uploads: Sequence[Upload]) -> Tensor:
     without = [u.client for u in uploads if u.class_counts is None]
     if without:
         raise BadInput(
-            f"class_counts are needed (ensemble.mode='class', fedftg): upload of client {without[0]} has none"
+            f"upload of client {without[0]} has no class_counts: ensemble.mode='class' or the method needs it"
         )
     return torch.tensor([u.class_counts for u in uploads], dtype=torch.float32)
 

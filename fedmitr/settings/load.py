@@ -185,7 +185,7 @@ def fields() -> list[dict[str, Any]]:
                     "default": field.default,
                     "allowed": _allowed(field),
                     "meaning": field.description,
-                    "source": field.json_schema_extra["source"],
+                    "source": (field.json_schema_extra or {}).get("source", "yours"),
                 }
             )
     return rows
@@ -193,7 +193,7 @@ def fields() -> list[dict[str, Any]]:
 
 def _allowed(field: Any) -> str:
     """Return a field's choices or limits as text, such as "> 0, < 1"."""
-    if named := field.json_schema_extra["choices"]:
+    if named := (field.json_schema_extra or {}).get("choices"):
         return ", ".join(named)
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
     if choices := [a for a in get_args(field.annotation) if isinstance(a, str)]:

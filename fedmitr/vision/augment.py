@@ -44,7 +44,7 @@ def warp_coverage(mask: Tensor, maps: Tensor, grid: tuple[int, int], cell: int =
 
 def random_affine(
     n: int,
-    generator: torch.Generator,
+    rng: torch.Generator,
     *,
     scale: tuple[float, float],
     degrees: float,
@@ -58,7 +58,7 @@ def random_affine(
     """
 
     def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(n, generator=generator)
+        return low + (high - low) * torch.rand(n, generator=rng)
 
     size, angle = uniform(*scale), uniform(-degrees, degrees) * math.pi / 180
     slant, dx, dy = uniform(-shear, shear), uniform(-shift, shift), uniform(-shift, shift)
@@ -69,10 +69,10 @@ def random_affine(
     return torch.cat([linear, centre], dim=2)
 
 
-def texture(n: int, size: int, generator: torch.Generator) -> Tensor:
+def texture(n: int, size: int, rng: torch.Generator) -> Tensor:
     """Draw smooth random textures (n, 1, size, size) in [0, 1]: blurred noise at two scales, added."""
     total = torch.zeros(n, 1, size, size)
     for cells, weight in ((3, 0.65), (6, 0.35)):
-        noise = torch.rand(n, 1, cells, cells, generator=generator)
+        noise = torch.rand(n, 1, cells, cells, generator=rng)
         total += weight * F.interpolate(noise, size=size, mode="bicubic", align_corners=True)
     return total.clamp(0, 1)

@@ -95,3 +95,10 @@ def test_a_bad_number_of_processes_in_the_environment_is_one_line(words, tmp_pat
     done = call_cli(*words, *SMALL_OPTIONS, "--store", tmp_path)
     assert done.exit_code == 2 and done.stdout == "" and "FEDMITR_JOBS='all'" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.rglob("*.*"))
+
+
+@pytest.mark.parametrize("command", [["compare", "--methods", "fedavg"], ["sweep", "--grid", "seed=0"]])
+def test_an_output_that_is_a_folder_is_refused_before_any_work(command, tmp_path):
+    done = call_cli(*command, *SMALL_OPTIONS, "--seeds", "0", "--out", str(tmp_path))
+    assert done.exit_code == 2 and "is a folder" in done.output + done.stderr
+    assert not list(tmp_path.iterdir())

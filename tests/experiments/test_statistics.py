@@ -132,3 +132,16 @@ def test_where_no_seed_ran_at_every_skew_the_mean_is_a_dash(runs):
     table = skew_table(apart)
     assert len(across_skews(apart)) == 0 and table.iloc[:, 2].eq("–").all()
     assert not table.iloc[:, :2].eq("–").any(axis=None)
+
+
+def test_a_run_without_an_accuracy_does_not_complete_a_seed_and_one_that_stands_twice_counts_once():
+    rows = [
+        ("a", 0, 0.1, 0.6),
+        ("a", 0, 0.1, 0.6),
+        ("a", 0, 0.3, 0.8),
+        ("b", 0, 0.1, 0.5),
+        ("b", 0, 0.3, None),
+    ]
+    runs = pd.DataFrame(rows, columns=["method", "seed", "alpha", "accuracy"])
+    found = across_skews(runs).set_index("method")["accuracy"]
+    assert found.to_dict() == {"a": pytest.approx(0.7)}

@@ -230,3 +230,42 @@ def test_a_shipped_method_is_a_file_and_a_line(package):
 def test_its_plan_is_there_too(package):
     stages = json.loads(fedmitr(package, *RUN, "--dry-run"))
     assert [stage["stage"] for stage in stages] == ["clients"] and stages[0]["bytes"] > 0
+
+
+class Plain(SettingsBlock):
+    """A block written as plain pydantic, without `setting`."""
+
+    width: int = 3
+
+
+class NoDefault(SettingsBlock):
+    width: int
+
+
+class BadDefault(SettingsBlock):
+    share: Share = setting(-1.0, "no share")
+
+
+def test_a_block_of_plain_pydantic_is_settable_and_listed(registrations):
+    register(Method("plain", run=lambda *_: None, settings=Plain))
+    assert Settings.load("smoke", {"plain.width": 5}).plain.width == 5
+    assert {"plain.width"} <= {row["setting"] for row in fm.settings.fields()}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"settings": NoDefault}, "wrong.width"),
+        ({"settings": BadDefault}, "wrong.share"),
+        ({"settings": Plain()}, "SettingsBlock"),
+        ({"run": None}, "no function"),
+        ({"given": "nothing"}, "given='nothing'"),
+        ({"exchanges": "nonsense"}, "exchanges='nonsense'"),
+    ],
+)
+def test_a_wrong_record_is_one_line_and_leaves_nothing(registrations, one_line, change, said):
+    record = dataclasses.replace(Method("wrong", run=lambda *_: None), **change)
+    with pytest.raises(fm.BadInput) as caught:
+        register(record)
+    one_line(caught.value, said)
+    assert "wrong" not in METHODS and "wrong" not in Settings.model_fields

@@ -20,6 +20,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 FLOWER := .venv-flower
 FLOWER_STAMP := $(FLOWER)/.installed
+# Test files run side by side, on up to four cores.
+SPREAD := -n auto --maxprocesses 4 --dist loadfile
 SITE := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .DEFAULT_GOAL := help
@@ -46,8 +48,8 @@ reproduce: setup
 	$(BIN)/fedmitr reproduce --profile $(PROFILE)
 
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
-	FEDMITR_PROFILE=smoke FEDMITR_JOBS=1 $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=600 \
+	$(BIN)/python -m pytest $(SPREAD)
+	FEDMITR_PROFILE=smoke FEDMITR_JOBS=1 $(BIN)/python -m pytest $(SPREAD) --nbval --nbval-current-env --nbval-cell-timeout=600 \
 	  --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks/*.ipynb
 	@$(MAKE) --no-print-directory test-flower
 

@@ -282,15 +282,16 @@ def list_methods(as_json) -> None:
     if as_json:
         click.echo("\n".join(map(json.dumps, rows)))
         return
+    line = "{:12} {:12} {:17} {:25} {!s:14} {!s:6} {}".format
+    click.echo(line("name", "label", "family", "clients send", "exchanges", "models", "source"))
     for row in rows:
         sends = ", ".join(row["sends"]) or "nothing"
-        times = f"{row['exchanges']} exchange" + "s" * (row["exchanges"] != 1)
-        models = f"{row['models']} model" + "s" * (row["models"] != 1)
-        click.echo(
-            f"{row['name']:12} {row['label']:12} {row['family']:17} {sends:25} {times:24} {models:9} "
-            f"{row['citation']}".rstrip()
-        )
-    click.echo("ensemble.mode=class and inversion.teacher=owners add the class histogram to every upload.")
+        columns = ("exchanges", "models", "citation")
+        click.echo(line(row["name"], row["label"], row["family"], sends, *map(row.get, columns)).rstrip())
+    click.echo(
+        "models: how many run at each prediction; K is the number of clients. By default uploads also carry\n"
+        "class histograms, because ensemble.mode=class and inversion.teacher=owners need them."
+    )
 
 
 def method_row(method: Method) -> dict[str, Any]:

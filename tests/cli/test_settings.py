@@ -28,7 +28,7 @@ def test_settings_lists_every_setting_with_meaning_and_source():
 def test_methods_lists_every_record_one_line_each():
     with registrations_taken_back():
         register(Method("mine", METHODS["fedavg"].run, label="Mine", family="average"))
-        *lines, note = call_cli("methods").stdout.splitlines()
+        header, *lines, first, second = call_cli("methods").stdout.splitlines()
         rows = [json.loads(line) for line in call_cli("methods", "--json").stdout.splitlines()]
         records = list(METHODS.values())
     assert [row["name"] for row in rows] == [line.split()[0] for line in lines] == [r.name for r in records]
@@ -44,7 +44,8 @@ def test_methods_lists_every_record_one_line_each():
     assert found["fedftg"] == (["weights", "class histogram"], 1, 1)
     assert found["fusefl"] == (["weights"], "fusefl.stages", "K")
     assert found["local"] == ([], 0, 1) and found["ensemble"] == (["weights"], 1, "K")
-    assert "ensemble.mode" in note and "inversion.teacher" in note
+    assert header.split()[:3] == ["name", "label", "family"]
+    assert first.startswith("models:") and "ensemble.mode" in second and "inversion.teacher" in second
 
 
 def test_help_names_methods_and_profiles():

@@ -48,7 +48,7 @@ reproduce: setup
 	$(BIN)/fedmitr reproduce --profile $(PROFILE)
 
 test: lint
-	$(BIN)/python -m pytest $(SPREAD)
+	$(BIN)/python -m pytest $(SPREAD) tests/test_wheel.py tests  # the longest file first
 	FEDMITR_PROFILE=smoke FEDMITR_JOBS=1 $(BIN)/python -m pytest $(SPREAD) --nbval --nbval-current-env --nbval-cell-timeout=600 \
 	  --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks/*.ipynb
 	@$(MAKE) --no-print-directory test-flower

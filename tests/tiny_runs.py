@@ -67,3 +67,20 @@ def unchanged(model: torch.nn.Module, before: Mapping[str, torch.Tensor]) -> boo
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=make_rng(seed)).double()
+
+
+TINY = {
+    "inversion.images": 6,
+    "inversion.batch_size": 3,
+    "inversion.iterations": 3,
+    "inversion.stop_at": [1],
+    "inversion.stop_ratio": [0.5],
+    "distill.steps": 2,
+    "distill.views": 1,
+    "distill.batch_size": 4,
+}
+
+
+def tiny(**changes: Any) -> Settings:
+    """Settings of a tiny run of FedMITR; tiny(distill__group=2) changes distill.group."""
+    return Settings.load("smoke", TINY | {name.replace("__", "."): value for name, value in changes.items()})

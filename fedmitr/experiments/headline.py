@@ -1,8 +1,9 @@
 """Headline numbers: what notebooks state, recorded as they run, and compared with what the repository ships.
 
-A notebook calls `record`; `fedmitr reproduce` ends with `compare_headline`: each number as stored, as
-measured now, and whether the difference lies within the spread over seeds. results/headline.csv is made by
-`make publish`, which runs the same notebooks on several seeds.
+A notebook calls `record` for what it computes, never for what it reads from a stored table. In the end
+`fedmitr reproduce` calls `compare_headline`: each number as stored, as measured now, and whether the
+difference lies within the spread over seeds. results/headline.csv is made by `make publish`, which runs the
+notebooks on several seeds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -72,6 +73,12 @@ def _verdict(row: pd.Series) -> str:
     return "yes" if abs(row["yours"] - row["stored"]) <= allowed + 1e-4 else "no"
 
 
+STORED = (
+    "Tables over seeds in notebooks 05, 06 and 09 show stored results: `make results`, `make ablations` and "
+    "`make scale` run them again."
+)
+
+
 def headline_text(profile: str) -> str:
     """Write the comparison as text, with a line that says what it is."""
     table = compare_headline(profile)
@@ -83,7 +90,7 @@ def headline_text(profile: str) -> str:
         )
     else:
         said = f"The stored numbers are of profile {DEFAULT_PROFILE}, yours of {profile}: not comparable."
-    return f"{table.to_string(float_format=_number, na_rep='')}\n{said}"
+    return f"{table.to_string(float_format=_number, na_rep='')}\n{said}\n{STORED}"
 
 
 def _number(value: float) -> str:

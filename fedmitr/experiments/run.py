@@ -264,20 +264,21 @@ class Experiment:
             fedavg_accuracy=scores["fedavg"][0] if "fedavg" in scores else None,
             local_accuracies=scores["local"],
             best_local_accuracy=max(scores["local"]),
-            **self._bytes(method, outcome),
+            **self._account(find(method), outcome),
             seconds=self._seconds(method, outcome),
             settings=s.model_dump(mode="json"),
             versions=versions(),
         )
 
-    def _bytes(self, method: str, outcome: Outcome) -> dict[str, int]:
-        """Count bytes up and down; by default one upload each, and the shared model to each client."""
-        sent = self._uploads_for(find(method))
+    def _account(self, method: Method, outcome: Outcome) -> dict[str, int]:
+        """Count exchanges and bytes; by default one upload from each client, and the shared model to each."""
+        sent = self._uploads_for(method)
         up, down = outcome.uplink_bytes, outcome.downlink_bytes
-        exchanges = outcome.exchanges
+        if up is None:
+            up = sum(u.bytes for u in sent) if method.sends else 0
         return {
-            "exchanges": find(method).exchanges_under(self.settings) if exchanges is None else exchanges,
-            "upload_bytes": sum(u.bytes for u in sent) * find(method).sends if up is None else up,
+            "exchanges": method.exchanges_under(self.settings),
+            "upload_bytes": up,
             "download_bytes": self._shared_bytes(sent) if down is None else down,
         }
 

@@ -32,16 +32,14 @@ class Outcome:
 
     models: one global model, or one per client (`local`). seconds: the server's, by stage, measured when the
     stage was computed. synthetic: the images that the student learned from; student_steps: its optimiser
-    steps. exchanges: how often clients and server exchanged messages, None as the method's record says.
-    uplink_bytes, downlink_bytes: of all messages together; None where every client sends one upload (nothing,
-    if the record says so), and receives the shared model.
+    steps. uplink_bytes, downlink_bytes: of all messages together; None where every client sends one upload
+    (nothing, if the record says so), and receives the shared model.
     """
 
     models: list[nn.Module]
     seconds: dict[str, float] = field(default_factory=dict)
     synthetic: SyntheticSet | None = None
     student_steps: int = 0
-    exchanges: int | None = None
     uplink_bytes: int | None = None
     downlink_bytes: int | None = None
 
@@ -175,8 +173,9 @@ TAKEN = frozenset(Settings.model_fields) | frozenset(dir(Settings))  # no name o
 def register(*methods: Method) -> None:
     """Make methods known to the whole package and its workers; an existing name is replaced.
 
-    Raises BadInput, before any is known, for a name that is no Python name, for one with a block of settings
-    that `Settings` uses already, and for an unknown family.
+    Raises BadInput, before any is known, for a record that cannot work: a name that is no Python name, or one
+    that `Settings` uses already where the method has a block; a block without valid defaults; another value
+    of a field than those allowed.
     """
     add(*methods)
     in_workers(add, *methods)

@@ -6,6 +6,7 @@ import os
 import pandas as pd
 import pytest
 import torch
+from tiny_runs import tiny
 
 from fedmitr.core.errors import BadInput
 from fedmitr.core.processes import VARIABLE
@@ -17,21 +18,6 @@ from fedmitr.figures import scale as plots_scale
 from fedmitr.settings import PROFILES, Settings
 
 pipeline = importlib.import_module("fedmitr.methods.fedmitr")
-
-TINY = {
-    "inversion.images": 6,
-    "inversion.batch_size": 3,
-    "inversion.iterations": 3,
-    "inversion.stop_at": [1],
-    "inversion.stop_ratio": [0.5],
-    "distill.steps": 2,
-    "distill.views": 1,
-    "distill.batch_size": 4,
-}
-
-
-def tiny(**changes):
-    return Settings.load("smoke", TINY | {name.replace("__", "."): value for name, value in changes.items()})
 
 
 # Computed.

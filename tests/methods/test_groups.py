@@ -5,27 +5,12 @@ import importlib
 import pytest
 import torch
 from helpers import make_upload
+from tiny_runs import tiny
 
 from fedmitr.core.store import Store
 from fedmitr.server.ensemble import held_classes
-from fedmitr.settings import Settings
 
 pipeline = importlib.import_module("fedmitr.methods.fedmitr")  # the package's name for it is the method
-
-TINY = {
-    "inversion.images": 6,
-    "inversion.batch_size": 3,
-    "inversion.iterations": 3,
-    "inversion.stop_at": [1],
-    "inversion.stop_ratio": [0.5],
-    "distill.steps": 2,
-    "distill.views": 1,
-    "distill.batch_size": 4,
-}
-
-
-def tiny(**changes):
-    return Settings.load("smoke", TINY | {name.replace("__", "."): value for name, value in changes.items()})
 
 
 @pytest.fixture(scope="module")

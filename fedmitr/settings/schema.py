@@ -173,7 +173,16 @@ class InversionSettings(SettingsBlock):
     )
     ce: NotNegative = setting(1.0, "weight of the cross-entropy to the target", "SMI")
     tv: NotNegative = setting(3e-3, "weight of the L2 total variation", "SMI: 1e-4")
+    tv_norm: Literal["squares", "norms"] = setting(
+        "squares",
+        "total variation: squared differences of neighbours, image by image, or norms over the batch of "
+        "differences in four directions",
+        "ours; SMI: norms",
+    )
     l2: NotNegative = setting(0.0, "weight of the squared norm of the pixels", "SMI")
+    clip: bool = setting(
+        False, "clip the pixels to the images' range after every step", "ours; SMI, DeepInversion: true"
+    )
     jitter: Annotated[float, Field(ge=0, lt=0.5)] = setting(
         0.125, "largest shift of a view, as a share of the side; used where augment is 0", "SMI"
     )
@@ -188,6 +197,12 @@ class InversionSettings(SettingsBlock):
     )
     keep_best: bool = setting(
         True, "return the iterate of least loss after the last stop, image by image", "SMI"
+    )
+    mask: Literal["survivors", "attention"] = setting(
+        "survivors",
+        "foreground of a finished image: the patches that survived the stops, or as many of all its patches, "
+        "those that CLS attends to most",
+        "ours; SMI: attention",
     )
 
     @model_validator(mode="after")
@@ -212,6 +227,12 @@ class RelabelSettings(SettingsBlock):
     source: Literal["token_logits", "background_cls"] = setting(
         "token_logits", "soft label of a patch", "choice"
     )
+    head: Literal["shared", "own"] = setting(
+        "shared",
+        "classifier of the student's patch tokens: that of CLS, or one of their own, which starts as its "
+        "copy and is dropped after distillation",
+        "ours; LV-ViT: own",
+    )
     temperature: Positive = setting(1.0, "softmax temperature of the soft token labels", "choice")
     foreground_soft: Share = setting(0.5, "share of the soft label mixed into the pseudo-label", "ours")
 
@@ -225,6 +246,9 @@ class DistillSettings(SettingsBlock):
     weight_decay: NotNegative = setting(0.05, "weight decay of AdamW", "DeiT")
     start: Literal["average", "initial"] = setting(
         "average", "weights that the student starts from: the uploads' average or the initial model", "choice"
+    )
+    train: Literal["all", "head"] = setting(
+        "all", "what of the student is trained: all of it, or its classifier alone", "choice; SMI: head"
     )
     temperature: Positive = setting(1.0, "T of the distillation loss", "choice")
     ce_weight: NotNegative = setting(

@@ -103,6 +103,7 @@ def settings_options(command: click.Command) -> click.Command:
     options = [
         click.option("--profile", default="laptop", show_default=True, metavar="P", help=", ".join(PROFILES)),
         click.option("--task", metavar="T", help="task.name"),
+        click.option("--model", metavar="M", help="model.name: the shared start, such as vit_micro_early"),
         click.option("--clients", metavar="K", help="partition.clients"),
         click.option("--alpha", metavar="A", help="partition.alpha; for compare A,B,… too"),
         click.option(
@@ -122,7 +123,8 @@ def settings_options(command: click.Command) -> click.Command:
 
 def read_overrides(assignments: tuple[str, ...], **named: str | None) -> dict[str, Any]:
     """Return dotted names with values of --set, then of the named options; BadInput for unreadable ones."""
-    names = {"task": "task.name", "clients": "partition.clients", "alpha": "partition.alpha", "seed": "seed"}
+    names = {"task": "task.name", "model": "model.name", "clients": "partition.clients"}
+    names |= {"alpha": "partition.alpha", "seed": "seed"}
     return dict(map(parse_assignment, assignments)) | {names[n]: v for n, v in named.items() if v is not None}
 
 
@@ -139,10 +141,11 @@ def read_settings(profile: str, assignments: tuple[str, ...], **named: str | Non
     "--dry-run", is_flag=True, help="Print the plan (stages, operations, memory, bytes); run nothing."
 )
 @settings_options
-def run(method, profile, task, clients, alpha, seed, assignments, store, as_json, dry_run) -> None:
+def run(method, profile, task, model, clients, alpha, seed, assignments, store, as_json, dry_run) -> None:
     """Run one method once."""
     find(method)
-    settings = read_settings(profile, assignments, task=task, clients=clients, alpha=alpha, seed=seed)
+    named = {"task": task, "model": model, "clients": clients, "alpha": alpha, "seed": seed}
+    settings = read_settings(profile, assignments, **named)
     if dry_run:
         tell_plan(method, settings, as_json)
         return
@@ -180,7 +183,7 @@ def tell_plan(method: str, settings: Settings, as_json: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="CSV with one row per run.")
 @click.option("--json", "as_json", is_flag=True, help="Last line of stdout: the table as one JSON object.")
 @settings_options
-def compare(methods, seeds, profile, task, clients, alpha, assignments, store, out, as_json) -> None:
+def compare(methods, seeds, profile, task, model, clients, alpha, assignments, store, out, as_json) -> None:
     """Run several methods on the same clients, seeds and skews."""
     chosen = [m.strip() for m in methods.split(",")]
     for name in chosen:
@@ -189,8 +192,9 @@ def compare(methods, seeds, profile, task, clients, alpha, assignments, store, o
     from .experiments.compare import parse_seeds
     from .experiments.statistics import summarise, summarise_skews
 
+    named = {"task": task, "model": model, "clients": clients}
     settings = [
-        read_settings(profile, assignments, task=task, clients=clients, alpha=each, seed=str(seed))
+        read_settings(profile, assignments, **named, alpha=each, seed=str(seed))
         for each in (alpha.split(",") if alpha else [None])
         for seed in parse_seeds(seeds)
     ]
@@ -219,7 +223,7 @@ def tell_tables(summary, runs) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Last line of stdout: the table as one JSON object.")
 @settings_options
 def sweep(
-    method, seeds, grid, cells, panels, profile, task, clients, alpha, assignments, store, out, as_json
+    method, seeds, grid, cells, panels, profile, task, model, clients, alpha, assignments, store, out, as_json
 ) -> None:
     """Run one method over a grid of settings, several seeds each."""
     find(method)
@@ -232,7 +236,7 @@ def sweep(
     from .experiments.sweep import sweep as sweep_all
 
     chosen = grid_cells(grid) if grid else choose(read_cells(cells), panels)
-    overrides = read_overrides(assignments, task=task, clients=clients, alpha=alpha)
+    overrides = read_overrides(assignments, task=task, model=model, clients=clients, alpha=alpha)
     table = sweep_all(chosen, parse_seeds(seeds), method, profile, overrides, store, out)
     summary = summarise_cells(table)
     click.echo(summary.to_string(float_format="{:.3f}".format))

@@ -30,7 +30,7 @@ ORDER = [
     {"__init__"},
 ]
 RANK = {folder: rank for rank, folders in enumerate(ORDER) for folder in folders}
-BLIND = ("upload", "server.", "methods.", "vision.", "settings.", "core.")  # what sees no data
+BLIND = ("upload.", "server.", "methods.", "vision.", "settings.", "core.")  # what sees no data
 DATA = ("data.", "client.")
 MOST_LINES = 350
 

@@ -23,6 +23,7 @@ from .schema import (
     PartitionSettings,
     RelabelSettings,
     SettingsBlock,
+    StatisticsSettings,
     TaskSettings,
     setting,
 )
@@ -44,6 +45,7 @@ class Settings(SettingsBlock):
     partition: PartitionSettings = PartitionSettings()
     model: ModelSettings = ModelSettings()
     client: ClientSettings = ClientSettings()
+    statistics: StatisticsSettings = StatisticsSettings()
     ensemble: EnsembleSettings = EnsembleSettings()
     inversion: InversionSettings = InversionSettings()
     relabel: RelabelSettings = RelabelSettings()

@@ -19,6 +19,7 @@ OpenShare = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Precision = Literal["auto", "fp32", "bf16"]
+FeatureTokens = Literal["cls", "patches", "both"]  # CLS, the mean patch token, or both side by side
 
 
 def setting(
@@ -134,6 +135,17 @@ class ClientSettings(SettingsBlock):
         0.0, "weight μ of (μ/2)‖w − w_shared‖² in the local loss; 0: plain training", "Li et al. 2020"
     )
     precision: Precision = precision_of("local training")
+
+
+class StatisticsSettings(SettingsBlock):
+    """Sums of features that clients send where closed-form heads are wanted."""
+
+    tokens: FeatureTokens = setting(
+        "both", "features of an image: the output of CLS, the mean output of the patches, or both", "choice"
+    )
+    ridge: Positive = setting(
+        1.0, "penalty λ of ridge regression on standardised features", "choice; scikit-learn's default"
+    )
 
 
 class EnsembleSettings(SettingsBlock):

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import fedmitr as fm
-from fedmitr import upload as module
 from fedmitr.upload import CARD, CARD_BYTES, WEIGHTS, Card, ModelShape, check_arrays, check_same_images
+from fedmitr.upload import message as module
 
 
 @pytest.fixture

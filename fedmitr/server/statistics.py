@@ -1,0 +1,103 @@
+"""Linear heads in closed form, from sums of features alone (`Statistics`).
+
+Each function returns W (C, D) and b (C,), float64: class y's score for features f is W_y f + b_y. A class
+without images gets W = 0 and a bias below all others' scores could be, so that it is never predicted.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..core.errors import BadInput
+from ..upload import Statistics, Upload, add_up
+
+Head = tuple[Tensor, Tensor]  # W (C, D), b (C,)
+NEVER = -1e9  # bias of a class without images
+
+
+def total_statistics(uploads: Sequence[Upload]) -> Statistics:
+    """Add up the statistics of all uploads; BadInput for one without, and for features of another model."""
+    if not uploads:
+        raise BadInput("uploads=[] is empty: at least one upload is needed")
+    for upload in uploads:
+        if upload.statistics is None:
+            raise BadInput(f"upload of client {upload.client} has no statistics: the method needs them")
+        if upload.features != uploads[0].features:
+            raise BadInput(
+                f"upload of client {upload.client}: its statistics are of {upload.features}, "
+                f"client {uploads[0].client}'s of {uploads[0].features}; sums of different features do not add"
+            )
+    return add_up(u.statistics for u in uploads)
+
+
+def ridge(statistics: Statistics, penalty: float) -> Head:
+    """Solve ridge regression of one-hot labels on standardised features, with an intercept.
+
+        W̃ = argmin Σ_i |W̃ f̃_i + b − onehot(y_i)|² + λ|W̃|²,   f̃ = (f − mean) / deviation
+
+    A feature that is constant stays unscaled. W and b act on the features as they are. AFL and Fed3R do the
+    same without standardising. penalty: λ > 0.
+    """
+    if not penalty > 0:
+        raise BadInput(f"statistics.ridge={penalty!r} must be greater than 0")
+    counts, n = statistics.counts.double(), statistics.size
+    mean = statistics.sums.sum(0) / n  # (D,)
+    covariance = statistics.gram / n - mean[:, None] * mean  # (D, D)
+    scale = deviations(covariance, statistics.gram.diagonal() / n)  # (D,)
+    gram = n * covariance / (scale[:, None] * scale)  # X̃ᵀ X̃
+    cross = (statistics.sums - counts[:, None] * mean) / scale  # Yᵀ X̃ (C, D)
+    # W̃ = Yᵀ X̃ (X̃ᵀ X̃ + λ I)⁻¹; the intercept is the classes' frequency, as X̃ has mean zero
+    factor = torch.linalg.cholesky(gram + penalty * torch.eye(len(gram), dtype=torch.double))
+    weight = torch.cholesky_solve(cross.T, factor).T / scale  # (C, D)
+    return without_absent(weight, counts / n - weight @ mean, statistics.counts)
+
+
+def deviations(covariance: Tensor, second_moment: Tensor) -> Tensor:
+    """Return the features' standard deviations (D,); 1 for a feature that is constant up to rounding."""
+    variance = covariance.diagonal()
+    constant = variance <= 1e-12 * second_moment
+    return torch.where(constant, torch.ones_like(variance), variance.clamp(min=0).sqrt())
+
+
+def lda(statistics: Statistics, shrinkage: float) -> Head:
+    """Fit linear discriminant analysis: class Gaussians with one covariance, and classes' frequencies as priors.
+
+        W_y = Σ⁻¹ μ_y,   b_y = −½ μ_yᵀ Σ⁻¹ μ_y + log(n_y / n),   Σ = (1 − γ) S + γ tr(S)/D · I
+
+    S is the scatter within classes over n; shrinkage: γ in (0, 1] (FedCGS, Guan et al., AAAI 2025).
+    """
+    means, covariance = class_gaussians(statistics, shrinkage)
+    weight = torch.linalg.solve(covariance, means.T).T  # (C, D)
+    priors = (statistics.counts.double() / statistics.size).clamp(min=torch.finfo(torch.double).tiny)
+    return without_absent(weight, priors.log() - (weight * means).sum(1) / 2, statistics.counts)
+
+
+def ncm(statistics: Statistics) -> Head:
+    """Return nearest class means as a linear head: W_y = μ_y, b_y = −|μ_y|²/2 (FedNCM, Legate et al. 2023)."""
+    means = class_means(statistics)
+    return without_absent(means, -means.square().sum(1) / 2, statistics.counts)
+
+
+def class_means(statistics: Statistics) -> Tensor:
+    """Return the mean features of each class (C, D), zero for a class without images."""
+    return statistics.sums / statistics.counts.clamp(min=1)[:, None]
+
+
+def class_gaussians(statistics: Statistics, shrinkage: float) -> tuple[Tensor, Tensor]:
+    """Return class means (C, D) and the covariance (D, D) that the classes share, shrunk to a multiple of I.
+
+    Where all images of every class are alike there is no scatter, and the covariance is I.
+    """
+    covariance = statistics.scatter / statistics.size
+    level = covariance.diagonal().mean()
+    identity = torch.eye(len(covariance), dtype=torch.double)
+    if level <= 1e-12 * statistics.gram.diagonal().mean() / statistics.size:
+        return class_means(statistics), identity
+    return class_means(statistics), torch.lerp(covariance, level * identity, shrinkage)
+
+
+def without_absent(weight: Tensor, bias: Tensor, counts: Tensor) -> Head:
+    """Return the head with classes without images, counts (C,), at weight 0 and bias `NEVER`."""
+    absent = counts == 0
+    return weight.masked_fill(absent[:, None], 0.0), bias.masked_fill(absent, NEVER)

@@ -1,0 +1,35 @@
+"""The one message that crosses from a client to the server: what it may hold, and the checks on arrival."""
+
+from .arrays import check_arrays, compare_arrays, wire_bytes
+from .card import Card, Features, ModelShape, SealedCard
+from .message import (
+    CARD,
+    CARD_BYTES,
+    STATISTICS,
+    WEIGHTS,
+    Upload,
+    check_same_images,
+    check_same_shape,
+    check_weights,
+)
+from .statistics import Statistics, add_up
+
+__all__ = [
+    "CARD",
+    "CARD_BYTES",
+    "STATISTICS",
+    "WEIGHTS",
+    "Card",
+    "Features",
+    "ModelShape",
+    "SealedCard",
+    "Statistics",
+    "Upload",
+    "add_up",
+    "check_arrays",
+    "check_same_images",
+    "check_same_shape",
+    "check_weights",
+    "compare_arrays",
+    "wire_bytes",
+]

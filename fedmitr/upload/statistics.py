@@ -1,0 +1,133 @@
+"""Sums of image features, which a client may send beside its weights or in their place.
+
+Ridge regression, linear discriminant analysis and nearest class means on frozen features need the images
+only through these sums. Sums of clients add up to those of all their images. So what is solved from them is
+what one machine with all images would find, for any partition and any number of clients (AFL, He et al., CVPR
+2025; Fed3R, Fanì et al., ICML 2024). All is float64: the order of adding then tells in the last bits alone.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from ..core.errors import BadInput
+
+TOLERANCE = 1e-8  # of the Gram matrix's trace: how far rounding may push an eigenvalue below zero
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The sums over some images with features f ∈ R^D and labels y.
+
+    counts (C,), int64: images of each class. sums (C, D): Σ f over the images of a class. gram (D, D): Σ f fᵀ.
+    """
+
+    counts: Tensor
+    sums: Tensor
+    gram: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor, labels: Tensor, num_classes: int) -> "Statistics":
+        """Sum features (n, D) with labels (n,) in [0, num_classes)."""
+        features = features.double()
+        one_hot = torch.nn.functional.one_hot(labels, num_classes).double()  # (n, C)
+        return cls(one_hot.sum(0).long(), one_hot.T @ features, features.T @ features)
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        """Add the sums of other images."""
+        return Statistics(self.counts + other.counts, self.sums + other.sums, self.gram + other.gram)
+
+    @property
+    def size(self) -> int:
+        """The number of images n."""
+        return int(self.counts.sum())
+
+    @property
+    def width(self) -> int:
+        """The number of features D."""
+        return self.sums.shape[1]
+
+    @property
+    def scatter(self) -> Tensor:
+        """The scatter within classes (D, D): Σ_y Σ_{i of y} (f_i − μ_y)(f_i − μ_y)ᵀ."""
+        counts = self.counts.clamp(min=1)[:, None]
+        return self.gram - self.sums.T @ (self.sums / counts)
+
+    def to_arrays(self) -> dict[str, Tensor]:
+        """Return the sums as they are sent: of the symmetric Gram matrix the upper triangle, row by row."""
+        row, column = torch.triu_indices(self.width, self.width)
+        return {"counts": self.counts, "sums": self.sums, "gram": self.gram[row, column]}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, Tensor]) -> "Statistics":
+        """Read what `to_arrays` wrote; the arrays have the names, types and shapes of `expected_arrays`."""
+        width = arrays["sums"].shape[1]
+        row, column = torch.triu_indices(width, width)
+        gram = torch.zeros(width, width, dtype=torch.double)
+        gram[row, column] = gram[column, row] = arrays["gram"]
+        return cls(arrays["counts"], arrays["sums"], gram)
+
+    def checked(self, who: str, num_classes: int, width: int, size: int) -> "Statistics":
+        """Return the sums themselves; BadInput, naming the sender, unless `size` images can have them.
+
+        They have the types and shapes of `expected_arrays`, are finite, and counts are not negative and sum
+        to `size`. A class without images has no sum. The Gram matrix is symmetric, and the scatter within
+        classes has no negative eigenvalue.
+        """
+        check_shapes(who, vars(self), expected_shapes(num_classes, width))
+        counts, told = self.counts, f"{who}: statistics: "
+        if counts.min() < 0:
+            raise BadInput(f"{told}counts={_first(counts)} hold a negative count: allowed are 0 and more")
+        if int(counts.sum()) != size:
+            raise BadInput(f"{told}counts={_first(counts)} sum to {int(counts.sum())}, its size is {size}")
+        for name in ("sums", "gram"):
+            if not torch.isfinite(getattr(self, name)).all():
+                raise BadInput(f"{told}{name} holds NaN or Inf")
+        if self.sums[counts == 0].any():
+            raise BadInput(f"{told}sums of a class without images are not zero")
+        if not torch.equal(self.gram, self.gram.T):
+            raise BadInput(f"{told}gram is not symmetric")
+        floor = TOLERANCE * self.gram.diagonal().abs().sum() + torch.finfo(torch.double).tiny
+        raised = self.scatter + floor * torch.eye(width, dtype=torch.double)
+        if torch.linalg.cholesky_ex(raised).info:  # fails for a negative eigenvalue
+            raise BadInput(
+                f"{told}gram cannot be that of {size} images with these sums: not positive semi-definite"
+            )
+        return self
+
+
+def add_up(parts: Iterable[Statistics]) -> Statistics:
+    """Add the sums of several clients, in their order."""
+    return reduce(lambda a, b: a + b, parts)
+
+
+def expected_shapes(num_classes: int, width: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """List type and shape of each of the sums."""
+    return {
+        "counts": (torch.int64, (num_classes,)),
+        "sums": (torch.double, (num_classes, width)),
+        "gram": (torch.double, (width, width)),
+    }
+
+
+def expected_arrays(num_classes: int, width: int) -> dict[str, Tensor]:
+    """List the arrays of `Statistics.to_arrays`, as tensors on the meta device, which hold no numbers."""
+    shapes = expected_shapes(num_classes, width) | {"gram": (torch.double, (width * (width + 1) // 2,))}
+    return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in shapes.items()}
+
+
+def check_shapes(who: str, found: dict[str, Tensor], wanted: dict) -> None:
+    """Raise BadInput, naming the sender, for a tensor of another type or shape."""
+    for name, (dtype, shape) in wanted.items():
+        value = found[name]
+        if value.dtype != dtype or tuple(value.shape) != shape:
+            own = f"{value.dtype} {list(value.shape)}"
+            raise BadInput(f"{who}: statistics: {name} is {own}, allowed is {dtype} {list(shape)}")
+
+
+def _first(counts: Tensor) -> list[int]:
+    """Return the first counts, for a message that stays one line."""
+    return counts[:20].tolist()

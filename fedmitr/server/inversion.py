@@ -5,6 +5,10 @@ ensemble (`inversion.teacher`). At each stop the patches that CLS attends to lea
 on they get no forward, no gradient, no update (SMI, Hu et al. 2024). An empty schedule of stops is dense
 inversion.
 
+Stopped pixels stand still here. In SMI's public code they are only left out of the forward pass: total
+variation and Adam's moments go on moving them, and where a view is rolled by parts of a patch, so does the
+cross-entropy.
+
 `loss_at` is the equation, `invert` the algorithm; `iterate.py` holds the patches that are still optimised.
 """
 
@@ -20,6 +24,7 @@ from ..core.errors import BadInput
 from ..core.optimizers import rate_factor
 from ..core.rng import make_rng
 from ..settings.schema import InversionSettings
+from ..vision.patches import PatchGrid, cut_patches
 from .ensemble import Ensemble, Owners
 from .iterate import BestIterate, LivePatches, Loss, Recorder
 from .synthetic import SyntheticSet
@@ -41,15 +46,19 @@ def invert(
 
     The teacher is the ensemble or, with `settings.teacher` = "owners", for each image one client drawn by
     its share of the class. opponent: a frozen student on which the images should disagree with the teacher,
-    weighed by competition. recorded: how many of the images are pictured on the way, in
+    weighed by competition. recorded: how many of the images are pictured on the way and at the end, in
     `history["frames"]`. progress is called with 1 after each iteration. On CPUs the same arguments give the
     same images; a CUDA device may round affine views' gradients differently. Raises BadInput where pixels
     diverge.
+
+    `settings.clip` clips live pixels after each step, as SMI and DeepInversion do: a patch that stopped keeps
+    the pixels of its last step, and noise painted over it (`background`) may leave the range.
     """
     rng, grid, batch = make_rng(seed, "inversion"), ensemble.grid, len(labels)
     teacher = Owners.draw(ensemble, labels, seed) if settings.teacher == "owners" else ensemble
     noise = torch.randn((batch, *grid.image), generator=rng)  # (B, ch, H, W)
-    live = LivePatches(noise.flatten(1).to(labels.device), grid, settings)
+    bounds = pixel_range(ensemble.stats, labels.device) if settings.clip else None
+    live = LivePatches(noise.flatten(1).to(labels.device), grid, settings, bounds)
     best, record = BestIterate(batch, labels.device), Recorder(settings, recorded)
     stops = dict(zip(settings.stop_at, settings.stop_ratio, strict=True))
 
@@ -66,7 +75,6 @@ def invert(
         record.add(loss, live)
         if progress:
             progress(1)
-    record.picture(settings.iterations, live)
 
     if settings.keep_best:
         live.restore(best.pixels)
@@ -79,8 +87,11 @@ def invert(
         raise BadInput(
             f"inversion.lr={settings.lr}: the pixels diverged to NaN or Inf; allowed is a lower rate"
         )
-    images = live.image.view(batch, *grid.image)
-    return SyntheticSet(images, labels, live.mask, cross_entropy, record.history(grid))
+    images, mask = live.image.view(batch, *grid.image), live.mask
+    if settings.mask == "attention":
+        mask = attention_mask(teacher, images, grid, remaining(grid.patches, settings.stop_ratio))
+    record.picture(settings.iterations, live, mask)
+    return SyntheticSet(images, labels, mask, cross_entropy, record.history(grid))
 
 
 def loss_at(
@@ -96,9 +107,11 @@ def loss_at(
 
         L(x) = a_ce CE(A(x_S), y) + a_tv TV(x) + a_l2 |x_S|² + competition (1 − JS(A(x_S), opponent(x_S)))
 
-    x_S: the live patches S of x, as the view shows them to the networks. The last term (Adaptive
-    DeepInversion, Yin et al. 2020) needs an opponent. The networks' terms are differentiated through the
-    view's patches alone; the gradients of TV and |x_S|² are written out (`LivePatches.gradient`).
+    x_S: the live patches S of x, as the view shows them to the networks. TV(x): squares over this image, or
+    SMI's norms over the whole batch (`settings.tv_norm`); images' losses are added up, so that weights mean
+    what they mean in SMI's loss, a mean over images. The last term (Adaptive DeepInversion, Yin et al. 2020)
+    needs an opponent. The networks' terms are differentiated through the view's patches alone; the gradients
+    of TV and |x_S|² are written out (`LivePatches.gradient`).
     """
     patches, positions, grad_to_image = random_view(live.image, live.keep, live.grid, settings, rng)
     log_probs = teacher.forward_patches(patches, positions)  # log A(x_S), (B, C)
@@ -120,7 +133,8 @@ def jensen_shannon(teacher: Tensor, student: Tensor, temperature: float = 3.0) -
     """Return the JS divergence (B,) of softened predictions, in bits: 0 where they agree, at most 1.
 
     JS = (KL(p ‖ m) + KL(q ‖ m)) / 2 with m = (p + q) / 2. Takes logits or log-probabilities (B, C). T = 3 as
-    in the DeepInversion code.
+    in the DeepInversion code, which has another divergence: in nats, KL(m ‖ p) + KL(m ‖ q) in place of the
+    sum, of probabilities clamped to [0.01, 0.99]; Yin et al. (2020) weigh it by 0.2.
     """
     p, q = ((x / temperature).log_softmax(dim=-1) for x in (teacher, student))  # log-probabilities
     middle = torch.logaddexp(p, q) - math.log(2)
@@ -133,6 +147,19 @@ def remaining(count: int, ratios: Sequence[float]) -> int:
     for ratio in ratios:
         count = max(1, math.floor(count * (1 - ratio) + 0.5))
     return count
+
+
+def pixel_range(stats: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the values (ch, 1) of black and of white, brightness 0 and 1, after normalisation by stats."""
+    mean, std = (s.flatten(1).to(device) for s in stats)  # (ch, 1)
+    return -mean / std, (1 - mean) / std
+
+
+@torch.no_grad()
+def attention_mask(teacher: Ensemble | Owners, images: Tensor, grid: PatchGrid, count: int) -> Tensor:
+    """Return the `count` patches of each whole image that CLS attends to most, as a mask (B, N)."""
+    importance = teacher.importance(*cut_patches(images, grid.patch))  # (B, N)
+    return kept_mask(importance.topk(count, dim=1).indices, grid, len(images))
 
 
 @torch.no_grad()

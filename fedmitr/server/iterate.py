@@ -8,9 +8,17 @@ from torch import Tensor
 
 from ..settings.schema import InversionSettings
 from ..vision.patches import PatchGrid, gather_tokens
-from .views import halo, kept_mask, total_variation, total_variation_gradient, windows
+from .views import (
+    batch_variation,
+    batch_variation_gradient,
+    halo,
+    kept_mask,
+    total_variation,
+    total_variation_gradient,
+    windows,
+)
 
-FRAMES = 13  # pictures of a batch kept for plotting, from first noise to last iterate
+FRAMES = 13  # pictures of a batch kept for plotting, from first noise to finished images
 
 
 class LivePatches:
@@ -18,10 +26,17 @@ class LivePatches:
 
     image (B, ch·H·W); keep holds the patches that survive, (1, N) while every image keeps all, then (B, M);
     pixels (B, M·ch·p·p) are theirs, in the order of keep, and `home` says where they stand in image.
+    bounds: least and greatest value of each channel's pixels (ch, 1), to which every step clips live pixels.
     """
 
-    def __init__(self, image: Tensor, grid: PatchGrid, settings: InversionSettings) -> None:
-        self.image, self.grid, self.settings = image, grid, settings
+    def __init__(
+        self,
+        image: Tensor,
+        grid: PatchGrid,
+        settings: InversionSettings,
+        bounds: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.image, self.grid, self.settings, self.bounds = image, grid, settings, bounds
         self._set_keep(torch.arange(grid.patches, device=image.device)[None])
         self.pixels = image.gather(1, self.home)
         self.adam = self._adam()
@@ -49,37 +64,50 @@ class LivePatches:
         self.adam.state[self.pixels] = {k: v if k == "step" else survivors(v) for k, v in moments.items()}
 
     def regulariser(self) -> Tensor:
-        """Return a_tv TV(x) + a_l2 |x_S|² (B,)."""
+        """Return a_tv TV(x) + a_l2 |x_S|² (B,).
+
+        With tv_norm = "norms" TV is that of the whole batch, for every image.
+        """
         value = torch.zeros(len(self.image), device=self.image.device)
         if self.settings.tv:
-            value = value + self.settings.tv * total_variation(self.image.unflatten(1, self.grid.image))
+            variation = batch_variation if self.settings.tv_norm == "norms" else total_variation
+            value = value + self.settings.tv * variation(self.image.unflatten(1, self.grid.image))
         if self.settings.l2:
             value = value + self.settings.l2 * self.pixels.square().sum(dim=1)
         return value
 
     def gradient(self, grad_image: Tensor) -> Tensor:
-        """Return the whole loss's gradient at the live pixels.
+        """Return the gradient of the loss, summed over the batch, at the live pixels.
 
         grad_image (B, ch·H·W) is the gradient of all but the regulariser, which is added here.
         """
         gradient = grad_image.gather(1, self.home)
         if self.settings.tv:
-            around = self.image.gather(1, self.around.flatten(1)).view(self.around.shape)
-            gradient.add_(total_variation_gradient(around), alpha=self.settings.tv)
+            gradient.add_(self._variation_gradient(), alpha=self.settings.tv)
         if self.settings.l2:
             gradient.add_(self.pixels, alpha=2 * self.settings.l2)
         return gradient
 
     def step(self, gradient: Tensor, lr: float) -> None:
-        """Take one step of Adam at this rate, given the gradient at the live pixels."""
+        """Take one step of Adam at this rate, given the gradient at the live pixels, and clip these."""
         self.pixels.grad = gradient
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
+        if self.bounds:
+            self.patches.unflatten(2, (self.grid.channels, -1)).clamp_(*self.bounds)
         self.image.scatter_(1, self.home, self.pixels)
 
     def restore(self, pixels: Tensor) -> None:
         """Write other values of the live pixels into the images."""
         self.image.scatter_(1, self.home, pixels)
+
+    def _variation_gradient(self) -> Tensor:
+        """Return the gradient of the images' total variation, summed over the batch, at the live pixels."""
+        if self.settings.tv_norm == "norms":
+            gradient = batch_variation_gradient(self.image.unflatten(1, self.grid.image))
+            return len(gradient) * gradient.flatten(1).gather(1, self.home)  # it is a term of every image
+        around = self.image.gather(1, self.around.flatten(1)).view(self.around.shape)
+        return total_variation_gradient(around)
 
     def _set_keep(self, keep: Tensor) -> None:
         """Set keep, and the flat pixels of these patches (home), and with those that touch them (around)."""
@@ -133,10 +161,14 @@ class Recorder:
         self.kept: list[float] = []
         self.frames: list[tuple[int, Tensor, Tensor]] = []
 
-    def picture(self, step: int, live: LivePatches) -> None:
-        """Keep images and masks before this step, if it is one of the `FRAMES` spread evenly or a stop."""
+    def picture(self, step: int, live: LivePatches, mask: Tensor | None = None) -> None:
+        """Keep images and masks before this step, if it is one of the `FRAMES` spread evenly or a stop.
+
+        mask (B, N): by default the live patches.
+        """
         if step in self.wanted:
-            self.frames.append((step, live.image[: self.recorded].clone(), live.mask[: self.recorded]))
+            mask = live.mask if mask is None else mask
+            self.frames.append((step, live.image[: self.recorded].clone(), mask[: self.recorded]))
 
     def add(self, loss: Loss, live: LivePatches) -> None:
         """Add one iteration to the curves: means over the batch, and the share of patches kept."""
@@ -146,7 +178,10 @@ class Recorder:
         self.kept.append(live.keep.shape[1] / live.grid.patches)
 
     def history(self, grid: PatchGrid) -> dict[str, Tensor]:
-        """Return curves (iterations,), and frames (F, recorded, ch, H, W), their masks and steps (F,)."""
+        """Return curves (iterations,), and frames (F, recorded, ch, H, W), their masks and steps (F,).
+
+        The last frame shows the images that inversion returns, with their mask.
+        """
         steps, pictures, masks = zip(*self.frames, strict=True)
         history = {name: torch.stack(values).cpu() for name, values in self.curves.items()}
         history |= {"kept": torch.tensor(self.kept), "frame_at": torch.tensor(steps)}

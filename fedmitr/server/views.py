@@ -4,8 +4,8 @@ Inversion: a view is the image rolled by some pixels and perhaps mirrored, or wa
 the kept patches move with it (`random_view`). Only the patches at the moved positions are cut out. Images
 are flat pixels (B, ch·H·W); `windows` says which of them a patch of the view shows, `move` at which position
 it stands. After a shift that is no multiple of the patch, a window also shows a few pixels of neighbouring
-patches; those of stopped patches are shown as they are and still get no update. `total_variation` and its
-gradient at some patches are the regulariser of the same images.
+patches; those of stopped patches are shown as they are and still get no update. The two forms of total
+variation and their gradients are the regulariser of the same images.
 
 Distillation: a view of a synthetic image is warped together with its patch mask, and its background may be
 replaced by texture (`view`); views are drawn batch by batch in `epochs`.
@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..settings.schema import DistillSettings, InversionSettings
-from ..vision.augment import random_maps, texture, warp, warp_coverage, warp_mask
+from ..vision.augment import pink_noise, random_maps, warp, warp_coverage, warp_mask
 from ..vision.patches import PatchGrid, gather_tokens, grid_size, patchify, pixel_mask
 from ..vision.vit import normalisation
 from .synthetic import SyntheticSet
@@ -147,6 +147,35 @@ def total_variation_gradient(around: Tensor) -> Tensor:
     return torch.sub(4 * middle, neighbours).mul_(2).flatten(1)
 
 
+ALL, BUT_LAST, BUT_FIRST = slice(None), slice(None, -1), slice(1, None)
+# where pixels u stand in images, and their neighbours v: to the right, below, and on the two diagonals
+NEIGHBOURS = (
+    ((..., ALL, BUT_LAST), (..., ALL, BUT_FIRST)),
+    ((..., BUT_LAST, ALL), (..., BUT_FIRST, ALL)),
+    ((..., BUT_FIRST, BUT_LAST), (..., BUT_LAST, BUT_FIRST)),
+    ((..., BUT_LAST, BUT_LAST), (..., BUT_FIRST, BUT_FIRST)),
+)
+
+
+def batch_variation(images: Tensor) -> Tensor:
+    """Return the total variation of a batch (B, ch, H, W) as SMI's code has it: Σ_d ‖x_u − x_v‖.
+
+    d runs over four directions, u and v over the neighbours in each, of all images of the batch together.
+    """
+    return sum(torch.linalg.vector_norm(images[u] - images[v]) for u, v in NEIGHBOURS)
+
+
+def batch_variation_gradient(images: Tensor) -> Tensor:
+    """Return the gradient of `batch_variation` (B, ch, H, W), Σ_d (x_u − x_v) / ‖x_u − x_v‖; 0 for 0 / 0."""
+    gradient = torch.zeros_like(images)
+    for u, v in NEIGHBOURS:
+        difference = images[u] - images[v]
+        difference /= torch.linalg.vector_norm(difference).clamp(min=torch.finfo(images.dtype).tiny)
+        gradient[u] += difference
+        gradient[v] -= difference
+    return gradient
+
+
 # Views of a synthetic set, for the student.
 
 
@@ -175,12 +204,15 @@ def view(
 
 
 def random_textures(vit: VisionTransformer, like: Tensor, rng: torch.Generator) -> Tensor:
-    """Draw smooth textures of random contrast, shaped as `like` (B, ch, H, W) and normalised for vit."""
-    batch, channels, side, _ = like.shape
-    contrast = torch.rand(batch, 1, 1, 1, generator=rng)
+    """Draw textures shaped as `like` (B, ch, H, W) and normalised for vit: pink noise of random contrast.
+
+    Each has a contrast c in [0, 1] and pixels in [b, b + c], of a random darkest b in [0, 1 − c]. No task
+    draws its background this way: a student that knows it knows nothing of the clients' images.
+    """
+    contrast, darkest = torch.rand(2, len(like), 1, 1, 1, generator=rng)
+    noise = pink_noise(len(like) * like.shape[1], like.shape[-2:], rng).view(like.shape)
     mean, std = (s.to(like) for s in normalisation(vit))
-    smooth = contrast * texture(batch * channels, side, rng).view(batch, channels, side, side)
-    return (smooth.to(like) - mean) / std
+    return (((1 - contrast) * darkest + contrast * noise).to(like) - mean) / std
 
 
 def draw_views(

@@ -1,6 +1,7 @@
-"""Random affine views of images and of patch masks, with one geometry for both, and random textures."""
+"""Random affine views of images and of patch masks, with one geometry for both, and two kinds of texture."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -76,3 +77,17 @@ def texture(n: int, size: int, rng: torch.Generator) -> Tensor:
         noise = torch.rand(n, 1, cells, cells, generator=rng)
         total += weight * F.interpolate(noise, size=size, mode="bicubic", align_corners=True)
     return total.clamp(0, 1)
+
+
+def pink_noise(n: int, size: Sequence[int], rng: torch.Generator) -> Tensor:
+    """Draw noise (n, 1, H, W) whose amplitude falls as 1/f with spatial frequency f, each in [0, 1].
+
+    It has the spectrum of natural images (Field 1987) and random phases. size: (H, W).
+    """
+    height, width = size
+    white = torch.fft.rfft2(torch.randn(n, 1, height, width, generator=rng))  # (n, 1, H, W // 2 + 1)
+    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width))
+    frequency[0, 0] = math.inf  # the mean stays out
+    noise = torch.fft.irfft2(white / frequency, s=(height, width))
+    low, high = noise.amin((2, 3), keepdim=True), noise.amax((2, 3), keepdim=True)
+    return (noise - low) / (high - low).clamp(min=torch.finfo(noise.dtype).tiny)

@@ -33,13 +33,14 @@ def test_at_least_one_patch_remains_and_the_shares_are_taken_to_within_one(count
 
 
 @pytest.mark.parametrize("kept", [36, 11])
-def test_the_loss_and_its_gradient_are_those_of_the_equation(uploads, micro, double, kept):
+@pytest.mark.parametrize("tv_norm", ["squares", "norms"])
+def test_the_loss_and_its_gradient_are_those_of_the_equation(uploads, micro, double, kept, tv_norm):
     teacher = fm.Ensemble(uploads[:2], EnsembleSettings(mode="mean_probs")).double()
     opponent = copy.deepcopy(micro).double()
     rng = make_rng(3)
     image = torch.randn(4, 24 * 24, generator=rng)
     keep = torch.rand(4, 36, generator=rng).argsort(1)[:, :kept].sort(1).values
-    settings = inversion_settings(ce=0.5, tv=1e-2, l2=3e-2)
+    settings = inversion_settings(ce=0.5, tv=1e-2, tv_norm=tv_norm, l2=3e-2)
     live = LivePatches(image.clone(), teacher.grid, settings)
     live.retain(keep)
     found = loss_at(live, teacher, TARGETS, settings, rng, opponent, competition=0.7)
@@ -54,7 +55,13 @@ def test_the_loss_and_its_gradient_are_those_of_the_equation(uploads, micro, dou
     divergence = sum((z * (z / middle).log2()).sum(-1) for z in (soft_p, soft_q)) / 2
     live_pixels = patches[torch.arange(4)[:, None], keep]
     value = 0.5 * cross_entropy + 3e-2 * live_pixels.pow(2).sum((1, 2)) + 0.7 * (1 - divergence)
-    value = value + 1e-2 * (x.diff(dim=2).pow(2).sum((1, 2, 3)) + x.diff(dim=3).pow(2).sum((1, 2, 3)))
+    if tv_norm == "squares":
+        variation = x.diff(dim=2).pow(2).sum((1, 2, 3)) + x.diff(dim=3).pow(2).sum((1, 2, 3))
+    else:  # of the whole batch, in every image's loss
+        sides = x.diff(dim=2), x.diff(dim=3)
+        diagonals = x[..., 1:, 1:] - x[..., :-1, :-1], x[..., 1:, :-1] - x[..., :-1, 1:]
+        variation = sum(d.pow(2).sum().sqrt() for d in (*sides, *diagonals))
+    value = value + 1e-2 * variation
     (gradient,) = torch.autograd.grad(value.sum(), patches)
     torch.testing.assert_close(found.value, value.detach())
     torch.testing.assert_close(found.cross_entropy, cross_entropy.detach())

@@ -46,8 +46,9 @@ def frames(synthetic):
 
 
 @pytest.mark.parametrize("background", ["keep", "zero", "noise", "mean"])
-def test_a_stopped_patch_never_changes_again(teacher, background):
-    made = inverted(teacher, background=background, tv=1e-2)
+@pytest.mark.parametrize("tv_norm, clip", [("squares", False), ("norms", True)])
+def test_a_stopped_patch_never_changes_again(teacher, background, tv_norm, clip):
+    made = inverted(teacher, background=background, tv=1e-2, tv_norm=tv_norm, clip=clip, keep_best=False)
     pictures, masks = frames(made)
     final = patchify(made.pixels, (4, 4))
     for step in range(len(pictures) - 1):
@@ -85,6 +86,45 @@ def test_the_patches_that_stop_are_those_cls_attends_to_least(teacher):
         for row, index, kept in zip(attention, keep, after, strict=True):
             ranked = sorted(zip(row.tolist(), index.tolist(), strict=True), reverse=True)
             assert {i for _, i in ranked[:left]} == set(torch.nonzero(kept)[:, 0].tolist())
+
+
+def test_clipped_pixels_lie_between_black_and_white(teacher):
+    """ViT-Micro's pixels are normalised by 0.5 and 0.25, so that these are -2 and 2."""
+    free, clipped = (inverted(teacher, lr=2.0, clip=clip, keep_best=False) for clip in (False, True))
+    assert free.pixels.abs().max() > 3
+    pictures, masks = frames(clipped)
+    for picture, mask in zip(pictures[1:], masks[1:], strict=True):
+        assert picture.min() >= -2 and picture.max() <= 2
+        assert (picture[mask].abs() == 2).any() and (picture[mask].abs() < 2).any()
+    assert pictures[0].abs().max() > 2  # the first noise is what it was
+    torch.testing.assert_close(pictures[1], patchify(free.history["frames"][1], (4, 4)).clamp(-2, 2))
+
+
+@pytest.mark.parametrize("who", ["ensemble", "owners"])
+def test_an_attention_mask_is_what_cls_attends_to_most_in_the_finished_image(teacher, who):
+    settings = [inversion_settings(teacher=who, mask=mask) for mask in ("survivors", "attention")]
+    one, other = (invert(teacher, TARGETS, s, 0) for s in settings)
+    assert torch.equal(one.pixels, other.pixels) and torch.equal(one.loss, other.loss)
+    assert not torch.equal(one.mask, other.mask) and (other.mask.sum(1) == 18).all()
+    attention = torch.stack([cls_attention(m, other.pixels) for m in teacher.members])  # (2, 4, 36)
+    for b, owner in enumerate((1, 0, None, 1)):  # who alone holds 3, 0 and 3; nobody holds 9
+        if who == "owners" and owner is None:
+            continue
+        shown = attention[:, b].mean(0) if who == "ensemble" else attention[owner, b]
+        wanted = shown.argsort(descending=True)[:18].tolist()
+        assert sorted(wanted) == other.mask[b].nonzero()[:, 0].tolist()
+
+
+def test_a_dense_image_is_all_foreground_whatever_the_mask(teacher):
+    assert inverted(teacher, stop_at=(), stop_ratio=(), mask="attention").mask.all()
+
+
+@pytest.mark.parametrize("keep_best, mask", [(True, "survivors"), (False, "survivors"), (True, "attention")])
+def test_the_last_picture_shows_what_the_student_receives(teacher, keep_best, mask):
+    made = inverted(teacher, jitter=0.3, iterations=12, keep_best=keep_best, mask=mask)
+    assert made.history["frame_at"][-1] == 12
+    assert torch.equal(made.history["frames"][-1], made.pixels)
+    assert torch.equal(made.history["frame_masks"][-1], made.mask)
 
 
 def test_the_loss_falls(teacher):

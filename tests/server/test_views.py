@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 import fedmitr as fm
 from fedmitr.core.rng import make_rng
 from fedmitr.server.views import (
+    batch_variation,
+    batch_variation_gradient,
     epochs,
     halo,
     move,
@@ -25,7 +28,7 @@ from fedmitr.server.views import (
     windows,
 )
 from fedmitr.settings.schema import DistillSettings
-from fedmitr.vision.augment import random_maps
+from fedmitr.vision.augment import pink_noise, random_maps
 from fedmitr.vision.patches import PatchGrid, patchify, pixel_mask
 
 GRID = (6, 6)
@@ -125,6 +128,36 @@ def test_total_variation_against_a_loop():
         assert found.item() == pytest.approx(brute, rel=1e-5)
 
 
+def brute_norms(images):
+    """The norms of SMI's four differences of neighbours, each over all images, added up; by a loop."""
+    squares = [0.0] * 4
+    count, channels, height, width = images.shape
+    for b, c, y, x in itertools.product(range(count), range(channels), range(height), range(width)):
+        for d, (down, right) in enumerate(((0, 1), (1, 0), (1, 1), (1, -1))):
+            if y + down < height and 0 <= x + right < width:
+                squares[d] += (images[b, c, y + down, x + right] - images[b, c, y, x]).item() ** 2
+    return sum(map(math.sqrt, squares))
+
+
+@given(seed=st.integers(0, 99), size=st.tuples(st.integers(1, 5), st.integers(1, 5)))
+def test_the_variation_of_a_batch_is_the_norms_of_four_directions(seed, size):
+    rng = torch.Generator().manual_seed(seed)
+    images = torch.randn(2, 2, *size, generator=rng, dtype=torch.float64)
+    assert batch_variation(images).item() == pytest.approx(brute_norms(images), rel=1e-9)
+    leaf = images.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(batch_variation(leaf), leaf)
+    torch.testing.assert_close(batch_variation_gradient(images), wanted)
+
+
+def test_a_batch_without_variation_has_no_gradient_of_it():
+    even = torch.full((2, 3, 4, 4), 0.7)
+    assert batch_variation(even) == 0 and not batch_variation_gradient(even).any()
+    step = even.clone()
+    step[0, 1, :, :2] = 0.2  # differs to the right and on both diagonals, not downwards
+    gradient = batch_variation_gradient(step)
+    assert gradient.isfinite().all() and not gradient[1].any() and gradient[0, 1, :, 1:3].all()
+
+
 @pytest.mark.parametrize("kept", [36, 12])
 @pytest.mark.parametrize("flip", [False, True])
 def test_an_augmented_view_is_the_warped_image_where_most_of_the_kept_patches_shows(kept, flip, double):
@@ -198,11 +231,21 @@ def test_texture_replaces_only_the_low_density_patches(micro, marked):
     assert torch.equal(images, again) and not torch.equal(images, other)
 
 
-def test_textures_are_smooth_and_in_the_range_of_the_models_pixels(micro, images):
-    made = random_textures(micro, images.expand(3, 2, 24, 24), make_rng(0))
-    assert made.shape == (3, 2, 24, 24)
+def test_textures_are_pink_noise_of_every_contrast_in_the_range_of_the_models_pixels(micro):
+    made = random_textures(micro, torch.zeros(400, 2, 24, 20), make_rng(0))
+    assert made.shape == (400, 2, 24, 20)
     assert made.min() >= -2 - 1e-4 and made.max() <= 2 + 1e-4  # [0, 1] in units of 0.25 around 0.5
-    assert (made.diff(dim=-1).abs() < 1).all() and made.std() > 0.1
+    low, high = made.amin((2, 3)), made.amax((2, 3))  # (400, 2): channels share range, not noise
+    torch.testing.assert_close(low[:, 0], low[:, 1])
+    torch.testing.assert_close(high[:, 0], high[:, 1])
+    contrast = (high - low)[:, 0] / 4
+    assert np.allclose(contrast.quantile(torch.tensor([0.1, 0.5, 0.9])), [0.1, 0.5, 0.9], atol=0.07)
+    assert made.mean().abs() < 0.1  # as often bright as dark: the task's background is dark
+    even = (made - low[:, :, None, None]) / (high - low)[:, :, None, None]
+    assert (even[:, 0] - even[:, 1]).abs().mean() > 0.1
+    rng = make_rng(0)
+    torch.rand(2, 400, generator=rng)  # contrasts and darkest pixels come first
+    torch.testing.assert_close(even.flatten(0, 1), pink_noise(800, (24, 20), rng)[:, 0], atol=1e-3, rtol=0)
 
 
 def test_a_dense_set_has_no_background_to_replace(micro, synthetic):

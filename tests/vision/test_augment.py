@@ -1,14 +1,23 @@
 """augment.py: pixels and patch masks that move together."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fedmitr.core.rng import make_rng
-from fedmitr.vision.augment import random_affine, random_maps, texture, warp, warp_mask
+from fedmitr.vision.augment import pink_noise, random_affine, random_maps, texture, warp, warp_mask
 from fedmitr.vision.patches import pixel_mask
 
 GRID = (6, 6)
+
+
+def spectral_slope(images) -> float:
+    """Fit the power of spatial frequency as which the amplitude of images (n, H, W) falls; 1 to 8 cycles."""
+    amplitude = np.sqrt((np.abs(np.fft.fft2(np.asarray(images, dtype=float))) ** 2).mean(0))  # (H, W)
+    frequency = np.hypot(*np.meshgrid(*map(np.fft.fftfreq, images.shape[1:]), indexing="ij"))
+    band = (frequency > 0) & (frequency <= 8 / max(images.shape[1:]))
+    return np.polyfit(np.log(frequency[band]), np.log(amplitude[band]), 1)[0]
 
 
 def masks(n, share=0.4, seed=0):
@@ -84,6 +93,28 @@ def test_texture_is_smooth_and_in_range():
     assert smooth.shape == (50, 1, 24, 24) and smooth.min() >= 0 and smooth.max() <= 1
     steps = (smooth[..., 1:] - smooth[..., :-1]).abs()
     assert steps.max() < 0.25 and smooth.std() > 0.1
+
+
+def test_the_texture_of_the_tasks_scenes_stays_what_it_was():
+    """Every digit of the task lies on it: other numbers here are another task."""
+    found = texture(2, 24, make_rng(0))[:, 0, ::8, 5]
+    wanted = torch.tensor([[0.85559005, 0.80077541, 0.56105930], [0.42297304, 0.60377747, 0.49527520]])
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(24, 24), (33, 20)])
+def test_the_amplitude_of_pink_noise_falls_as_one_over_frequency(size):
+    noise = pink_noise(300, size, make_rng(0))
+    assert noise.shape == (300, 1, *size)
+    assert (noise.amin((1, 2, 3)) == 0).all() and torch.allclose(noise.amax((1, 2, 3)), torch.tensor(1.0))
+    assert spectral_slope(noise[:, 0]) == pytest.approx(-1, abs=0.1)
+    white = torch.randn(300, *size, generator=make_rng(1))
+    assert spectral_slope(white) == pytest.approx(0, abs=0.1)  # the measure itself
+
+
+def test_pink_noise_of_one_pixel_and_of_a_line_is_finite():
+    for size in ((1, 1), (1, 7), (5, 1)):
+        assert pink_noise(2, size, make_rng(0)).isfinite().all()
 
 
 def test_an_affine_map_is_the_inverse_of_scale_then_rotate_then_shift():

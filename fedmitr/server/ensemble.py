@@ -26,7 +26,8 @@ class CombinedModels(nn.Module):
 
     weights is (K, 1), or (K, C) when each class has its own; columns sum to one. shares (K, C) is each
     client's share of every class, None where an upload does not say. offset (C,) is added to the
-    log-probabilities. stats are the mean and standard deviation of the pixels that the models are given.
+    log-probabilities of CLS, to which it was fitted. stats are the mean and standard deviation of the pixels
+    that the models are given.
 
     Members may be any ViTs for images of one size. Patches, their positions and masks are those of one
     grid, `grid`; a member with other patches cuts its own (`grids`). The models are shared, never copied.
@@ -153,7 +154,8 @@ class CombinedModels(nn.Module):
         with autocast(self.precision):
             logits = zip(*(self.member_tokens(k, images) for k in range(len(self.members))), strict=True)
         cls_logits, token_logits = (torch.stack(z).to(images) for z in logits)  # (K, B, C), (K, B, N, C)
-        return self.combine(cls_logits, temperature), self.combine(token_logits, temperature)
+        token_log_probs = combine(token_logits, self.weights, self.mode, temperature)  # without the offset
+        return self.combine(cls_logits, temperature), token_log_probs
 
     # The same models with other weights.
 

@@ -35,7 +35,10 @@ def test_a_calibrated_ensemble_adds_its_offset_and_leaves_the_other_as_it_was(en
     for heat in (1.0, 2.0):
         wanted = ((ensemble(images) + offset) / heat).log_softmax(-1)
         torch.testing.assert_close(other(images, temperature=heat), wanted)
-    torch.testing.assert_close(other.forward_tokens(images)[1], (token_log_probs + offset).log_softmax(-1))
+        cls_log_probs, of_tokens = other.forward_tokens(images, heat)
+        torch.testing.assert_close(cls_log_probs, wanted)
+        # the offset was fitted to CLS: tokens are labelled as before
+        torch.testing.assert_close(of_tokens, (token_log_probs / heat).log_softmax(-1))
     assert torch.equal(ensemble(images), before) and not ensemble.offset.any()
     assert all(a is b for a, b in zip(other.members, ensemble.members, strict=True))  # shared, not copied
 

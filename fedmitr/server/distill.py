@@ -1,12 +1,13 @@
 """Distillation: synthetic images, their labels and token labels in, one global model out (method step 5)."""
 
+import copy
 from collections.abc import Callable, Iterable
 from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from ..core.errors import BadInput
@@ -14,7 +15,7 @@ from ..core.machine import autocast
 from ..core.optimizers import make_optimizer, make_schedule
 from ..core.rng import make_rng
 from ..settings.schema import DistillSettings, RelabelSettings
-from ..vision.tokens import forward_tokens, image_logits, images_at_once, images_in_training
+from ..vision.tokens import image_logits, images_at_once, images_in_training, kept_patches, patch_features
 from .ensemble import CombinedModels
 from .relabel import background_labels, soft_token_labels, tempered, token_targets
 from .synthetic import SyntheticSet
@@ -35,10 +36,14 @@ def distill(
 ) -> VisionTransformer:
     """Train the student, in place, on random views of the synthetic set; return it in evaluation mode.
 
-    With `settings.calibrate` the ensemble that labels the views is `calibrated` first. progress is called
-    with 1 after each step.
+    With `settings.calibrate` the ensemble that labels the views is `calibrated` first. With `relabel.head` =
+    "own" a copy of the student's classifier, LV-ViT's `aux_head` (Jiang et al. 2021), learns the patch
+    tokens. It is dropped in the end, so that the student stays a plain ViT; LV-ViT uses it at inference too.
+    progress is called with 1 after each step.
     """
     rng = make_rng(seed, "distill")
+    if relabel.head == "own":
+        student.aux_head = copy.deepcopy(student.head)
     optimizer, schedule = student_optimizer(student, settings)
     if settings.calibrate:
         ensemble = calibrated(ensemble, student, synthetic, settings, seed)
@@ -58,7 +63,10 @@ def distill(
         pool = draw_views(labelled_view, count, settings.views, rng, images_at_once(student))
         draw, count = rows_of(pool), len(pool[0])
     batches = map(draw, islice(epochs(count, settings.batch_size, rng), settings.steps))
-    return train_student(student, batches, optimizer, schedule, settings, relabel, progress)
+    train_student(student, batches, optimizer, schedule, settings, relabel, progress)
+    if relabel.head == "own":
+        del student.aux_head
+    return student
 
 
 def calibrated(
@@ -85,10 +93,22 @@ def calibrated(
 
 
 def student_optimizer(student: VisionTransformer, settings: DistillSettings, steps: int | None = None):
-    """Return AdamW on all of the student, and its one-cycle schedule over `steps`, default settings.steps."""
-    student.requires_grad_(True)
-    optimizer = make_optimizer(student, "adamw", settings.lr, settings.weight_decay)
+    """Return AdamW on what trains, and its one-cycle schedule over `steps`, default settings.steps."""
+    optimizer = make_optimizer(set_trained(student, settings), "adamw", settings.lr, settings.weight_decay)
     return optimizer, make_schedule(optimizer, "one_cycle", steps or settings.steps)
+
+
+def set_trained(student: VisionTransformer, settings: DistillSettings) -> VisionTransformer:
+    """Let gradients reach all of the student or, with `settings.train` = "head", its classifiers alone."""
+    student.requires_grad_(settings.train == "all")
+    for head in (student.head, token_head(student)):
+        head.requires_grad_(True)
+    return student
+
+
+def token_head(student: VisionTransformer) -> nn.Module:
+    """Return the classifier of the student's patch tokens: its own where it has one, else that of CLS."""
+    return getattr(student, "aux_head", student.head)
 
 
 def train_student(
@@ -105,7 +125,7 @@ def train_student(
     Returns the student in evaluation mode. Raises BadInput when it diverged. progress is called with 1 after
     each step.
     """
-    student.train().requires_grad_(True)
+    set_trained(student, settings).train()
     for batch in batches:
         optimizer.zero_grad(set_to_none=True)
         add_gradients(student, batch, settings, relabel)
@@ -153,7 +173,7 @@ def distill_loss(
     use_tokens = settings.token_weight > 0 and relabel.mode != "none"
     with autocast(settings.precision):
         if use_tokens:
-            cls_logits, token_logits = forward_tokens(student, images)  # z^0 (B, C), z^i (B, N, C)
+            cls_logits, token_logits = student_logits(student, images)
         else:
             cls_logits, token_logits = image_logits(student, images), None
     temperature, cls_logits = settings.temperature, cls_logits.to(images)
@@ -165,6 +185,13 @@ def distill_loss(
         token_logits = token_logits.to(images).flatten(0, 1)  # (B·N, C)
         loss = loss + settings.token_weight * F.cross_entropy(token_logits, tokens.flatten(0, 1))
     return loss
+
+
+def student_logits(student: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the student's logits of CLS, z^0 (B, C), and of every patch token, z^i (B, N, C)."""
+    features = patch_features(student, *kept_patches(student, images))  # (B, P + N, d)
+    tokens = student.fc_norm(features[:, student.num_prefix_tokens :])  # (B, N, d)
+    return student.forward_head(features), token_head(student)(tokens)
 
 
 def fit_offset(log_probs: Tensor, labels: Tensor, penalty: float) -> Tensor:

@@ -49,6 +49,29 @@ def test_the_loss_in_closed_form(micro, images, heat, by_ce, by_tokens):
     assert found.item() == pytest.approx(wanted, rel=1e-4)
 
 
+def test_a_token_head_of_its_own_classifies_the_patch_tokens_alone(micro, images):
+    student, rng = copy.deepcopy(micro), make_rng(0)
+    student.aux_head = torch.nn.Linear(96, 10).requires_grad_(True)
+    student.head.requires_grad_(True)
+    targets = torch.randn(3, 36, 10, generator=rng).softmax(-1)
+    teacher = torch.randn(3, 10, generator=rng).log_softmax(-1)
+    rest = (teacher, torch.tensor([4, 0, 1]), targets)
+    losses = [
+        distill_loss(student, images, *rest, DistillSettings(token_weight=w, ce_weight=0), RelabelSettings())
+        for w in (1.0, 0.0)
+    ]
+    of_tokens = losses[0] - losses[1]
+    tokens = micro.forward_features(images)[:, 1:].double().numpy()  # timm's own
+    weight, bias = (p.detach().double().numpy() for p in student.aux_head.parameters())
+    wanted = -(targets.double().numpy() * np.log(softmax(tokens @ weight.T + bias))).sum(-1).mean()
+    assert of_tokens.item() == pytest.approx(wanted, rel=1e-3)
+    of_tokens.backward()
+    assert student.aux_head.weight.grad.abs().max() > 1e-4
+    assert (
+        student.head.weight.grad.abs().max() < 1e-6
+    )  # but for rounding, CLS's head learns nothing from them
+
+
 def test_mode_none_drops_the_token_term(micro, images):
     rng = torch.Generator().manual_seed(0)
     rest = (torch.randn(3, 10, generator=rng).log_softmax(-1), torch.tensor([4, 0, 1]), torch.ones(3, 36, 10))
@@ -106,6 +129,66 @@ def test_the_token_labels_change_what_is_learnt(teacher, synthetic):
         for mode in ("relabel", "pseudo", "soft", "none")
     ]
     assert len({h.detach().numpy().tobytes() for h in heads}) == 4
+
+
+def test_the_token_head_starts_as_a_copy_learns_with_the_student_and_is_dropped(
+    teacher, synthetic, monkeypatch
+):
+    losses, heads = {"shared": [], "own": []}, []
+    for head, taken in losses.items():
+
+        def record(learner, *args, taken=taken):
+            loss = distill_loss(learner, *args)
+            taken.append(loss.item())
+            heads.append(getattr(learner, "aux_head", learner.head).weight.detach().clone())
+            return loss
+
+        monkeypatch.setattr(distill_module, "distill_loss", record)
+        model = learn(teacher, synthetic, relabel=RelabelSettings(head=head))
+        assert model.state_dict().keys() == student().state_dict().keys()
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert losses["shared"][0] == losses["own"][0] and losses["shared"][2] != losses["own"][2]
+    steps = len(losses["own"])
+    assert torch.equal(heads[steps], student().head.weight) and not torch.equal(heads[-1], heads[steps])
+
+
+@pytest.mark.parametrize("head", ["shared", "own"])
+def test_with_train_head_all_but_the_classifier_stays(teacher, synthetic, head):
+    before = student().state_dict()
+    settings = DistillSettings(steps=3, batch_size=4, views=2, train="head")
+    after = learn(teacher, synthetic, settings, RelabelSettings(head=head)).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"head.weight", "head.bias"} and after.keys() == before.keys()
+
+
+def test_a_trained_head_is_that_of_a_linear_layer_on_frozen_features(teacher, synthetic):
+    """As SMI's knowledge transfer, T = 20: the same steps on the features that timm computes."""
+    heat, steps, rate = 20.0, 12, 0.02
+    settings = DistillSettings(
+        train="head", temperature=heat, steps=steps, lr=rate, batch_size=10, views=1, ce_weight=0.0,
+        calibrate=0.0, augment=0.0, background="keep",
+    )  # fmt: skip
+    found = learn(teacher, synthetic, settings, RelabelSettings(mode="none"))
+    start = student().eval()
+    with torch.no_grad():
+        features = start.forward_features(synthetic.pixels)[:, 0]  # (10, 96)
+        wanted_probs = (teacher(synthetic.pixels) / heat).softmax(-1)
+    layer = copy.deepcopy(start.head).requires_grad_(True)
+    optimizer = torch.optim.AdamW(
+        [{"params": [layer.weight], "weight_decay": 0.05}, {"params": [layer.bias], "weight_decay": 0.0}]
+    )
+    for step in range(steps):
+        share = (step + 1) if step < 1 else 0.5 * (1 + np.cos(np.pi * (step - 1) / (steps - 1)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * share
+        loss = F.kl_div((layer(features) / heat).log_softmax(-1), wanted_probs, reduction="batchmean")
+        optimizer.zero_grad()
+        (heat**2 * loss).backward()
+        torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+        optimizer.step()
+    torch.testing.assert_close(found.head.weight, layer.weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.head.bias, layer.bias, rtol=1e-3, atol=1e-4)
+    assert (layer.weight - start.head.weight).abs().max() > 0.05
 
 
 def test_a_seed_fixes_every_byte(teacher, synthetic):

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from ..core.machine import device
+from ..core.progress import timed
 from ..data.tasks import Split
 from ..settings.schema import FeatureTokens
-from ..upload import Statistics, add_up
+from ..upload import ModelShape, Statistics, Upload, add_up, check_arrays
 from ..vision.features import image_features
 from ..vision.tokens import images_at_once
 
@@ -28,3 +30,26 @@ def feature_statistics(vits: Sequence[VisionTransformer], shard: Split, tokens: 
         features = torch.cat([image_features(vit, images, tokens) for vit in frozen], dim=1)  # (B, D)
         parts.append(Statistics.of(features.cpu(), shard.labels[rows], vits[0].num_classes))
     return add_up(parts)
+
+
+class StatisticsClient:
+    """A client of two exchanges: its upload first, then sums of features of the models that it is sent."""
+
+    def __init__(self, upload: Upload, shared: VisionTransformer, shard: Split) -> None:
+        """Keep the upload, the shared model that it started from, and the shard; nothing is computed yet."""
+        self.upload, self.shared, self._shard = upload, shared.state_dict(), shard
+        self.seconds = 0.0
+
+    def statistics(
+        self, models: Sequence[tuple[ModelShape, dict[str, Tensor]]], tokens: FeatureTokens
+    ) -> Statistics:
+        """Return the sums of the models' features, side by side; BadInput for a model that does not fit."""
+        vits, timer = [], {}
+        with timed(timer, "statistics"):
+            for shape, weights in models:
+                check_arrays(f"message of the server to client {self.upload.client}", weights, shape.arrays())
+                vits.append(shape.build())
+                vits[-1].load_state_dict(weights)
+            sums = feature_statistics(vits, self._shard, tokens)
+        self.seconds += timer["statistics"]
+        return sums

@@ -10,6 +10,7 @@ from ..core.errors import BadInput
 from ..core.processes import parallel
 from ..core.progress import progress
 from ..core.store import check_output, write_csv
+from ..methods import find
 from ..settings import Settings
 from .result import Result
 from .run import Experiment
@@ -43,12 +44,15 @@ def compare(
     experiments = [Experiment(one, store) for one in settings]
     for experiment in experiments:  # all of them before the first is run
         experiment.check(methods)
-    clients = {e.upload_key(k): (e.settings, k) for e in experiments for k in range(len(e.shards))}.values()
+    clients = {}
+    if any(find(method).needs_weights for method in methods):
+        clients = {e.upload_key(k): (e.settings, k) for e in experiments for k in range(len(e.shards))}
+    clients = list(clients.values())
     grid = [(one, method) for one in settings for method in methods]
     rows: dict[int, dict[str, object]] = {}
     root = experiments[0].store.root
     with progress(len(clients) + len(grid), "clients and runs", "part") as bar:
-        for _ in parallel(partial(_train_in_worker, root), list(clients)):
+        for _ in parallel(partial(_train_in_worker, root), clients):
             bar.update(1)
         for index, row in parallel(partial(_run_in_worker, root), grid):
             rows[index] = row

@@ -33,10 +33,10 @@ class Result(BaseModel):
     alpha: float
     accuracy: float
     accuracy_per_class: list[float]
-    ensemble_accuracy: float
-    fedavg_accuracy: float | None  # none where clients' architectures differ
+    ensemble_accuracy: float | None  # this and the next three: none where no client trains
+    fedavg_accuracy: float | None  # none, too, where clients' architectures differ
     local_accuracies: list[float]
-    best_local_accuracy: float
+    best_local_accuracy: float | None
     exchanges: int
     upload_bytes: int
     download_bytes: int

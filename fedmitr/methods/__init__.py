@@ -1,8 +1,9 @@
 """All methods: functions from uploads to an `Outcome`, each registered with a `Method` record.
 
 All share one signature, `method(uploads, settings, store) -> Outcome`. A method gets uploads only, never a
-data set. Exceptions: `central` gets one upload trained on all data, and `fusefl`, which takes several
-exchanges, gets clients (protocol `fusefl.Client`). The reported accuracy is the mean over
+data set. Exceptions: `central` and `central_ridge` get one upload made of all data; methods of several
+exchanges get clients (`fusefl.Client`, `_statistics.Client`); `real_images`, a bound, gets images as well.
+The reported accuracy is the mean over
 the outcome's models: one, or one per client for `local`.
 
 To add a method, write a file with its function and its record, `METHOD`, and add a line to `SHIPPED` below;
@@ -29,8 +30,15 @@ from ._student import Student
 
 # The comparison, in the order of its tables: the name of a method is that of its file.
 SHIPPED = (
-    "fedmitr",
     "fedavg",
+    "ncm",
+    "ridge",
+    "lda",
+    "fishermix",
+    "fedavg_ridge",
+    "stacking",
+    "fedmitr",
+    "fedmitr_plus",
     "fdafl",
     "fadi",
     "dense",
@@ -38,8 +46,13 @@ SHIPPED = (
     "fedftg",
     "fusefl",
     "ensemble",
+    "calibrated_ensemble",
+    "ensemble_statistics",
     "local",
+    "textures",
+    "real_images",
     "central",
+    "central_ridge",
 )
 add(*(import_module(f".{name}", __name__).METHOD for name in SHIPPED))
 

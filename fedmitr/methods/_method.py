@@ -6,7 +6,7 @@ records; `search` is what tuning may try. So a new method is a file of its own a
 one with settings. `run` may ignore the store; `_student.stored` is how methods keep their results in it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -21,7 +21,7 @@ from ..settings import Settings, SettingsBlock, add_block
 from ..settings.schema import InversionSettings
 from ..upload import Upload
 
-Given = Literal["uploads", "clients", "central"]
+Given = Literal["uploads", "clients", "stages", "central", "images"]
 Family = Literal["average", "statistics", "synthetic images", "fusion", "reference"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
@@ -93,13 +93,19 @@ class Method:
     How it is set and what it computes:
         settings: its own block of settings, which every run then has under the method's name.
         search: dotted setting -> the `Range`, or the values, that tuning may try.
+        adapt: from the run's settings to those that it works under, where it reads some otherwise.
         work: what its server computes under given settings. By default `inversion.images` images and
             `distill.steps` student steps in the family "synthetic images", nothing in the others.
 
     What it needs of clients:
-        given: what `run` gets: "uploads"; "clients" for a method of several exchanges (`fusefl.Client`);
-            "central" for the one upload of a client that holds all data.
+        given: what `run` gets: "uploads"; "clients" for a method that asks for statistics after the uploads
+            (`_statistics.Client`); "stages" for one that trains stage by stage (`fusefl.Client`); "central"
+            for the one upload of a client that holds all data; "images" for the uploads and, as a fourth
+            argument, all clients' images, which no server has: a bound.
+        needs_weights: whether every upload must carry weights; without, no client trains.
         needs_counts: whether every upload must carry its class histogram.
+        needs_statistics: whether every upload must carry sums of features; a dotted setting where it depends
+            on settings.
         averages: whether weights or blocks of clients are averaged, so that all need one architecture.
 
     What is sent and what it leaves:
@@ -115,9 +121,12 @@ class Method:
     citation: str = "yours"
     settings: type[SettingsBlock] | None = None
     search: Search = field(default_factory=dict, hash=False)
+    adapt: Callable[[Settings], Settings] | None = None
     work: Callable[[Settings], Work] | None = None
     given: Given = "uploads"
+    needs_weights: bool = True
     needs_counts: bool = False
+    needs_statistics: bool | str = False
     averages: bool = False
     single_model: bool = True
     sends: bool = True
@@ -127,9 +136,13 @@ class Method:
         if not self.label:
             object.__setattr__(self, "label", self.name)
 
-    def __call__(self, uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
-        """Run the method."""
-        return self.run(uploads, settings, store)
+    def __call__(self, uploads: Sequence[Upload], settings: Settings, store: Store, *more: Any) -> Outcome:
+        """Run the method under its own reading of the settings."""
+        return self.run(uploads, self.adapted(settings), store, *more)
+
+    def adapted(self, settings: Settings) -> Settings:
+        """Return the settings that it works under."""
+        return self.adapt(settings) if self.adapt else settings
 
     @property
     def is_shipped(self) -> bool:
@@ -148,6 +161,7 @@ class Method:
 
     def work_under(self, settings: Settings) -> Work:
         """Return what its server computes under these settings."""
+        settings = self.adapted(settings)
         if self.work:
             return self.work(settings)
         if self.distils:
@@ -156,14 +170,22 @@ class Method:
 
     def exchanges_under(self, settings: Settings) -> int:
         """Return how often clients and server exchange messages under these settings."""
-        if isinstance(self.exchanges, int):
-            return self.exchanges
-        block, name = self.exchanges.split(".")
-        return getattr(getattr(settings, block), name)
+        return self.exchanges if isinstance(self.exchanges, int) else dotted(settings, self.exchanges)
 
     def needs_counts_under(self, settings: Settings) -> bool:
         """Whether clients send their class histogram: the ensemble, inversion or the method needs it."""
-        return self.needs_counts or settings.uses_counts
+        return self.needs_counts or (self.needs_weights and self.adapted(settings).uses_counts)
+
+    def needs_statistics_under(self, settings: Settings) -> bool:
+        """Whether clients send sums of features under these settings."""
+        needs = self.needs_statistics
+        return bool(dotted(settings, needs)) if isinstance(needs, str) else needs
+
+
+def dotted(settings: Settings, name: str) -> Any:
+    """Return the value of a dotted setting."""
+    block, leaf = name.split(".")
+    return getattr(getattr(settings, block), leaf)
 
 
 METHODS: dict[str, Method] = {}
@@ -183,8 +205,9 @@ def register(*methods: Method) -> None:
 
 def add(*methods: Method) -> None:
     """Make methods known in this process, as `register` does."""
+    blocks = {*Settings.model_fields, *(method.name for method in methods)}
     for method in methods:
-        _check(method)
+        _check(method, blocks)
     for method in methods:
         block, known = method.settings, Settings.model_fields.get(method.name)
         METHODS[method.name] = method
@@ -192,7 +215,8 @@ def add(*methods: Method) -> None:
             add_block(method.name, block)
 
 
-def _check(method: Method) -> None:
+def _check(method: Method, blocks: Collection[str]) -> None:
+    """Raise BadInput for a record that cannot work; blocks: the names that dotted settings may begin with."""
     name, family = method.name, method.family
     if not name.isidentifier() or name.startswith("_"):
         raise BadInput(f"method={name!r} is no name: allowed are letters, digits and _, a letter first")
@@ -206,8 +230,10 @@ def _check(method: Method) -> None:
         raise BadInput(
             f"given={method.given!r} of method={name!r} is unknown: allowed are {', '.join(allowed)}"
         )
-    if not isinstance(method.exchanges, int) and method.exchanges.partition(".")[0] not in (name, *TAKEN):
-        raise BadInput(f"exchanges={method.exchanges!r} of method={name!r} is neither a number nor a setting")
+    for field_name in ("exchanges", "needs_statistics"):
+        value = getattr(method, field_name)
+        if not isinstance(value, int) and value.partition(".")[0] not in blocks:
+            raise BadInput(f"{field_name}={value!r} of method={name!r} is neither a number nor a setting")
     if family not in FAMILIES:
         raise BadInput(f"family={family!r} of method={name!r} is unknown: allowed are {', '.join(FAMILIES)}")
 

@@ -1,7 +1,12 @@
-"""FedMITR: sparse model inversion, token relabel, distillation (method steps 2 to 5).
+"""FedMITR as published: sparse model inversion, token relabel, distillation (method steps 2 to 5).
 
 "Exploring One-Shot Federated Learning by Model Inversion and Token Relabel with Vision
 Transformers" (ICLR 2025 submission 9305; arXiv 2605.10748).
+
+There is no public code. What the abstracts leave open is taken from Sparse Model Inversion (SMI, ICML 2024)
+and from LV-ViT (NeurIPS 2021): the ensemble is inverted, from views that are shifted and no more; surviving
+patches carry the hard pseudo-label; the student learns the ensemble's predictions. Our additions are those of
+fedmitr_plus.py, which runs the functions below.
 """
 
 from collections.abc import Sequence
@@ -18,13 +23,16 @@ from ..core.progress import progress
 from ..core.rng import derive_seed
 from ..core.store import Store, fingerprint, read_tensors, write_tensors
 from ..server.distill import distill
-from ..server.ensemble import held_classes
+from ..server.ensemble import Ensemble, held_classes
 from ..server.inversion import invert
+from ..server.joint import EnsembleWithStatistics
+from ..server.statistics import total_statistics
 from ..server.synthetic import SyntheticSet, label_batches, load_synthetic, save_synthetic
 from ..settings import Settings
-from ..upload import Upload
+from ..upload import ModelShape, Upload
 from ..vision.vit import weights_digest
 from ._method import Method, Outcome, Range, Work
+from ._statistics import ridge_classifier
 from ._student import build_ensemble, global_shape, student_start
 
 
@@ -32,6 +40,7 @@ def fedmitr(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outc
     """Turn uploads into one global model: invert, relabel, distil; each stage is kept in the store.
 
     With `distill.group`, groups of clients are distilled first, and their models take the clients' place.
+    Where uploads carry statistics, these join the ensemble as the teacher (`EnsembleWithStatistics`).
     """
     before: dict[str, float] = {}
     if settings.distill.group:
@@ -51,8 +60,8 @@ def in_groups(
 ) -> tuple[list[Upload], dict[str, float]]:
     """Distil each group of `distill.group` consecutive clients; return one upload a group, and the seconds.
 
-    An ensemble then holds the models of one group, and groups are independent of each other. The upload of a
-    group has the sums of its clients' n_k and c_k. A single group, or one of a single client, stays as it is.
+    An ensemble then holds the models of one group, and groups are independent of each other. A single group,
+    or one of a single client, stays as it is.
     """
     size = settings.distill.group
     if len(uploads) <= size:
@@ -65,13 +74,25 @@ def in_groups(
             continue
         outcome = fedmitr(group, settings.changed({"distill.group": None}), store)
         seconds.append(outcome.seconds)
-        counts = None
-        if all(u.class_counts is not None for u in group):
-            counts = tuple(map(sum, zip(*(u.class_counts for u in group), strict=True)))
-        weights = {name: v.cpu().contiguous() for name, v in outcome.models[0].state_dict().items()}
-        shape = global_shape(group, settings)
-        made.append(Upload(group[0].client, sum(u.size for u in group), shape, weights, counts))
+        made.append(joined(group, outcome.models[0], global_shape(group, settings)))
     return made, add_up(seconds)
+
+
+def joined(group: Sequence[Upload], model: VisionTransformer, shape: ModelShape) -> Upload:
+    """Return the upload of a group: its model, and the sums of its clients' n_k, c_k and statistics."""
+    counts = None
+    if all(u.class_counts is not None for u in group):
+        counts = tuple(map(sum, zip(*(u.class_counts for u in group), strict=True)))
+    sent = any(u.statistics is not None for u in group)
+    return Upload(
+        group[0].client,
+        sum(u.size for u in group),
+        shape,
+        {name: v.cpu().contiguous() for name, v in model.state_dict().items()},
+        counts,
+        total_statistics(group) if sent else None,
+        group[0].features,
+    )
 
 
 def add_up(parts: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -85,7 +106,8 @@ def add_up(parts: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def inversion_keys(uploads: Sequence[Upload], settings: Settings) -> list[str]:
     """Return the store's key of every batch of synthetic images."""
-    made_by = [[u.digest for u in uploads], settings.ensemble.model_dump(), settings.inversion.model_dump()]
+    bare = [u.without_statistics() for u in uploads]  # images are the same with and without statistics
+    made_by = [[u.digest for u in bare], settings.ensemble.model_dump(), settings.inversion.model_dump()]
     if any(u.shape.name != settings.model.name for u in uploads):
         made_by.append(settings.model.name)  # the student's, on whose patch grid images and masks lie
     batches = -(-settings.inversion.images // settings.inversion.batch_size)
@@ -143,9 +165,19 @@ def _invert_apart(
         _batch(uploads, settings, store, *batch, bar)
 
 
+def build_teacher(uploads: Sequence[Upload], settings: Settings) -> Ensemble | EnsembleWithStatistics:
+    """Build what labels images: the ensemble, with ridge scores where the uploads carry statistics."""
+    ensemble = build_ensemble(uploads, settings)
+    if all(u.statistics is None for u in uploads):
+        return ensemble
+    return EnsembleWithStatistics(ensemble, ridge_classifier(uploads, settings), settings.statistics.weight)
+
+
 def distill_key(uploads: Sequence[Upload], settings: Settings) -> str:
     """Return the store's key of the distilled global model."""
     how = [settings.relabel.model_dump(), settings.distill.model_dump(), weights_digest(settings.model)]
+    if any(u.statistics is not None for u in uploads):
+        how += [[u.digest for u in uploads], settings.statistics.model_dump()]
     return fingerprint("global", inversion_keys(uploads, settings), how, settings.seed)
 
 
@@ -156,7 +188,7 @@ def global_model(
     student = student_start(uploads, settings)
 
     def make() -> VisionTransformer:
-        ensemble = build_ensemble(uploads, settings)
+        ensemble = build_teacher(uploads, settings)
         with progress(settings.distill.steps, "distillation", "step") as bar:
             return distill(
                 student,
@@ -178,26 +210,32 @@ def global_model(
     return store.get("global", distill_key(uploads, settings), read, make, write)
 
 
-METHOD = Method(
-    name="fedmitr",
-    run=fedmitr,
-    label="FedMITR",
-    citation="arXiv 2605.10748, with our additions",
-    search={
-        "inversion.tv": Range(1e-4, 1e-2, log=True),
-        "inversion.lr": Range(0.1, 1.0, log=True),
-        "inversion.augment": (0.0, 0.35, 0.7, 1.0),
-        "distill.lr": Range(1e-4, 2e-3, log=True),
-        "distill.ce_weight": (0.0, 0.1, 0.25, 0.5, 1.0),
-        "distill.calibrate": (0.0, 0.005, 0.02, 0.1),
-        "distill.token_weight": (0.0, 0.05, 0.1, 0.5),
-        "relabel.foreground_soft": (0.0, 0.25, 0.5, 1.0),
-    },
-    work=lambda settings: Work(
+def fedmitr_work(settings: Settings) -> Work:
+    """Return the passes through models that inversion and distillation take."""
+    return Work(
         images=settings.inversion.images,
         inversion=settings.inversion,
         student_steps=settings.distill.steps,
         calibrate=settings.distill.calibrate,
         group=settings.distill.group,
-    ),
+    )
+
+
+SEARCH = {
+    "ensemble.mode": ("mean_probs", "mean_logits", "size", "class"),
+    "inversion.tv": Range(1e-4, 1e-2, log=True),
+    "inversion.lr": Range(0.1, 1.0, log=True),
+    "distill.lr": Range(1e-4, 2e-3, log=True),
+    "distill.temperature": Range(1.0, 20.0, log=True),
+    "distill.token_weight": (0.0, 0.05, 0.1, 0.5, 1.0),
+    "relabel.head": ("shared", "own"),
+}
+
+METHOD = Method(
+    name="fedmitr",
+    run=fedmitr,
+    label="FedMITR",
+    citation="arXiv 2605.10748",
+    search=SEARCH,
+    work=fedmitr_work,
 )

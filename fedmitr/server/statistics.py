@@ -7,6 +7,7 @@ without images gets W = 0 and a bias below all others' scores could be, so that 
 from collections.abc import Sequence
 
 import torch
+from scipy.linalg import eigh
 from torch import Tensor
 
 from ..core.errors import BadInput
@@ -26,7 +27,7 @@ def total_statistics(uploads: Sequence[Upload]) -> Statistics:
         if upload.features != uploads[0].features:
             raise BadInput(
                 f"upload of client {upload.client}: its statistics are of {upload.features}, "
-                f"client {uploads[0].client}'s of {uploads[0].features}; sums of different features do not add"
+                f"client {uploads[0].client}'s of {uploads[0].features}; these sums do not add"
             )
     return add_up(u.statistics for u in uploads)
 
@@ -61,7 +62,7 @@ def deviations(covariance: Tensor, second_moment: Tensor) -> Tensor:
 
 
 def lda(statistics: Statistics, shrinkage: float) -> Head:
-    """Fit linear discriminant analysis: class Gaussians with one covariance, and classes' frequencies as priors.
+    """Fit linear discriminant analysis: Gaussians of one covariance, classes' frequencies as priors.
 
         W_y = Σ⁻¹ μ_y,   b_y = −½ μ_yᵀ Σ⁻¹ μ_y + log(n_y / n),   Σ = (1 − γ) S + γ tr(S)/D · I
 
@@ -74,7 +75,7 @@ def lda(statistics: Statistics, shrinkage: float) -> Head:
 
 
 def ncm(statistics: Statistics) -> Head:
-    """Return nearest class means as a linear head: W_y = μ_y, b_y = −|μ_y|²/2 (FedNCM, Legate et al. 2023)."""
+    """Return nearest class means as a head: W_y = μ_y, b_y = −|μ_y|²/2 (FedNCM, Legate et al. 2023)."""
     means = class_means(statistics)
     return without_absent(means, -means.square().sum(1) / 2, statistics.counts)
 
@@ -101,3 +102,18 @@ def without_absent(weight: Tensor, bias: Tensor, counts: Tensor) -> Head:
     """Return the head with classes without images, counts (C,), at weight 0 and bias `NEVER`."""
     absent = counts == 0
     return weight.masked_fill(absent[:, None], 0.0), bias.masked_fill(absent, NEVER)
+
+
+def fisher_directions(statistics: Statistics, covariance: Tensor, energy: float) -> Tensor:
+    """Return directions V (D, k) in which classes differ most relative to their covariance, Vᵀ Σ V = I.
+
+    They solve the generalised eigenproblem S_B v = λ Σ v, S_B the scatter of class means weighted by
+    frequency; the first k that make up `energy` of Σ λ are kept, at least one (Fisher 1936).
+    """
+    counts = statistics.counts.double()
+    centred = class_means(statistics) - statistics.sums.sum(0) / statistics.size  # (C, D)
+    between = centred.T @ (centred * (counts / statistics.size)[:, None])  # (D, D)
+    values, vectors = (torch.from_numpy(found) for found in eigh(between.numpy(), covariance.numpy()))
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    enough = (values.cumsum(0) >= energy * values.sum()).nonzero()[0, 0]
+    return vectors[:, : int(enough) + 1]

@@ -146,15 +146,18 @@ class StatisticsSettings(SettingsBlock):
     ridge: Positive = setting(
         1.0, "penalty λ of ridge regression on standardised features", "choice; scikit-learn's default"
     )
+    weight: NotNegative = setting(
+        10.0, "β, weight of the ridge scores beside the ensemble's log-probabilities", "ours"
+    )
 
 
 class EnsembleSettings(SettingsBlock):
     """The ensemble: how uploads become one teacher."""
 
     mode: Literal["mean_probs", "mean_logits", "size", "class"] = setting(
-        "class",
+        "mean_logits",
         "plain mean of probabilities or of logits, or weighted by clients' sizes n_k or class counts c_k",
-        "choice; FedFTG: class",
+        "DENSE, Co-Boosting; FedFTG: class",
     )
     precision: Precision = precision_of("the teacher, for inversion and for labels")
 
@@ -163,9 +166,9 @@ class InversionSettings(SettingsBlock):
     """Sparse model inversion; without stops it is dense."""
 
     teacher: Literal["ensemble", "owners"] = setting(
-        "owners",
+        "ensemble",
         "what is inverted: the ensemble, or for each image one client, drawn by shares of the image's class",
-        "choice; paper: ensemble",
+        "paper",
     )
     images: Count = setting(400, "synthetic images in all")
     batch_size: Count = setting(200, "images inverted together", "SMI: 100")
@@ -199,9 +202,9 @@ class InversionSettings(SettingsBlock):
         0.125, "largest shift of a view, as a share of the side; used where augment is 0", "SMI"
     )
     augment: Share = setting(
-        0.7,
+        0.0,
         "strength of random scale, rotation and shift of views, as in distillation; 0: only jitter",
-        "ours; SMI: none",
+        "SMI",
     )
     flip: bool = setting(False, "mirror views at random (letters and digits are not symmetric)", "SMI: true")
     background: Literal["keep", "zero", "noise", "mean"] = setting(
@@ -246,7 +249,7 @@ class RelabelSettings(SettingsBlock):
         "ours; LV-ViT: own",
     )
     temperature: Positive = setting(1.0, "softmax temperature of the soft token labels", "choice")
-    foreground_soft: Share = setting(0.5, "share of the soft label mixed into the pseudo-label", "ours")
+    foreground_soft: Share = setting(0.0, "share of the soft label mixed into the pseudo-label", "paper")
 
 
 class DistillSettings(SettingsBlock):
@@ -264,17 +267,17 @@ class DistillSettings(SettingsBlock):
     )
     temperature: Positive = setting(1.0, "T of the distillation loss", "choice")
     ce_weight: NotNegative = setting(
-        0.25, "λ_ce, weight of the cross-entropy of CLS to the target; FedMITR's only", "choice"
+        0.0, "λ_ce, weight of the cross-entropy of CLS to the target; FedMITR's only", "choice"
     )
     calibrate: NotNegative = setting(
-        0.02,
+        0.0,
         "penalty λ of the class offsets that FedMITR adds to the ensemble's logits before it distils them, "
         "fitted to the targets of synthetic views; 0: no offsets",
         "ours",
     )
     token_weight: NotNegative = setting(0.1, "λ_tok, weight of the loss of the patch tokens", "choice")
     background: Literal["keep", "texture"] = setting(
-        "texture",
+        "keep",
         "pixels of the patches that inversion stopped, in each view: as they are, or new smooth texture",
         "choice",
     )

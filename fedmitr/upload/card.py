@@ -53,7 +53,7 @@ def _meta_model(shape: ModelShape) -> VisionTransformer:
 
 
 class Features(BaseModel):
-    """What the statistics of an upload are sums of: tokens of the shared model that every client started from.
+    """What the statistics of an upload are sums of: tokens of the shared model, which all clients were sent.
 
     shape and weights identify that model; weights is `weights_digest` of its settings.
     """

@@ -92,6 +92,10 @@ class Upload:
         """Return the same upload without c_k, for methods that do not need it."""
         return replace(self, class_counts=None)
 
+    def without_statistics(self) -> "Upload":
+        """Return the same upload without sums of features."""
+        return replace(self, statistics=None, features=None)
+
     def with_statistics(self, statistics: Statistics, features: Features) -> "Upload":
         """Return the same upload with sums of features beside what it has."""
         return replace(self, statistics=statistics, features=features)
@@ -137,7 +141,7 @@ class Upload:
         return upload.checked()
 
     def checked(self) -> "Upload":
-        """Return the upload itself; BadInput unless its parts are what a client with such a model can send."""
+        """Return the upload itself; BadInput unless a client with such a model can send its parts."""
         who = f"upload of client {self.client}"
         if not self.parts:
             raise BadInput(f"{who}: it holds neither weights nor statistics")

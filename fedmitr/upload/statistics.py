@@ -22,7 +22,7 @@ TOLERANCE = 1e-8  # of the Gram matrix's trace: how far rounding may push an eig
 class Statistics:
     """The sums over some images with features f ∈ R^D and labels y.
 
-    counts (C,), int64: images of each class. sums (C, D): Σ f over the images of a class. gram (D, D): Σ f fᵀ.
+    counts (C,), int64: images of each class. sums (C, D): Σ f over images of a class. gram (D, D): Σ f fᵀ.
     """
 
     counts: Tensor
@@ -71,11 +71,16 @@ class Statistics:
         return cls(arrays["counts"], arrays["sums"], gram)
 
     def checked(self, who: str, num_classes: int, width: int, size: int) -> "Statistics":
-        """Return the sums themselves; BadInput, naming the sender, unless `size` images can have them.
+        """Return the sums themselves; BadInput as `check_sums` and `check_scatter` raise it."""
+        self.check_sums(who, num_classes, width, size)
+        self.check_scatter(who)
+        return self
 
-        They have the types and shapes of `expected_arrays`, are finite, and counts are not negative and sum
-        to `size`. A class without images has no sum. The Gram matrix is symmetric, and the scatter within
-        classes has no negative eigenvalue.
+    def check_sums(self, who: str, num_classes: int, width: int, size: int) -> None:
+        """Raise BadInput, naming the sender, unless the sums are of `size` images, classes and features.
+
+        They have the types and shapes of `expected_shapes` and are finite; counts are not negative and sum to
+        `size`; a class without images has no sum; the Gram matrix is symmetric.
         """
         check_shapes(who, vars(self), expected_shapes(num_classes, width))
         counts, told = self.counts, f"{who}: statistics: "
@@ -90,13 +95,20 @@ class Statistics:
             raise BadInput(f"{told}sums of a class without images are not zero")
         if not torch.equal(self.gram, self.gram.T):
             raise BadInput(f"{told}gram is not symmetric")
+
+    def check_scatter(self, who: str) -> None:
+        """Raise BadInput, naming the sender, where the scatter within classes has a negative eigenvalue.
+
+        No images have such sums. So the Gram matrix, which is larger, has none either. The check is that a
+        Cholesky decomposition exists.
+        """
         floor = TOLERANCE * self.gram.diagonal().abs().sum() + torch.finfo(torch.double).tiny
-        raised = self.scatter + floor * torch.eye(width, dtype=torch.double)
-        if torch.linalg.cholesky_ex(raised).info:  # fails for a negative eigenvalue
+        raised = self.scatter + floor * torch.eye(self.width, dtype=torch.double)
+        if torch.linalg.cholesky_ex(raised).info:
             raise BadInput(
-                f"{told}gram cannot be that of {size} images with these sums: not positive semi-definite"
+                f"{who}: statistics: gram less the class means' share of it is not positive semi-definite: "
+                "no images have these sums"
             )
-        return self
 
 
 def add_up(parts: Iterable[Statistics]) -> Statistics:

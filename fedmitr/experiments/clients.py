@@ -1,0 +1,260 @@
+"""The clients of one setting, from images to uploads; what is made is kept in the store and reused."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from ..client.fusefl import FusionClient
+from ..client.statistics import StatisticsClient, feature_statistics
+from ..client.train import local_steps, train_client
+from ..core.paths import default_store
+from ..core.processes import parallel, spreads
+from ..core.progress import progress
+from ..core.store import Store, fingerprint, read_tensors, write_tensors
+from ..data.image_sets import num_classes
+from ..data.partition import partition
+from ..data.tasks import Split, Task, load_task
+from ..methods import Method, find
+from ..settings import Settings
+from ..settings.schema import ModelSettings
+from ..upload import Features, ModelShape, Statistics, Upload
+from ..vision.vit import client_vit, normalisation, shared_vit, weights_digest
+
+
+class Clients:
+    """The clients of one setting: task, shards, shared model, and what each client sends.
+
+    Each is made when it is first read, and comes from the store where an earlier run left it.
+    """
+
+    def __init__(self, settings: Settings, store: Store | Path | str | None = None) -> None:
+        """Open the store, a folder, by default $FEDMITR_STORE, else data/store; set torch's threads."""
+        torch.set_num_threads(settings.threads)
+        self.settings = settings
+        self.store = store if isinstance(store, Store) else Store(store or default_store())
+
+    @cached_property
+    def initial(self) -> VisionTransformer:
+        """The shared initial model that the server sends to the clients."""
+        return shared_vit(self.settings.model, num_classes(self.settings.task))
+
+    def shared(self, model: ModelSettings) -> VisionTransformer:
+        """Return the shared model of these settings: the initial one, or another for the same images."""
+        if model == self.settings.model:
+            return self.initial
+        if model.name not in self._others:
+            self._others[model.name] = client_vit(self.initial, model)
+        return self._others[model.name]
+
+    @cached_property
+    def _others(self) -> dict[str, VisionTransformer]:
+        return {}
+
+    @cached_property
+    def task(self) -> Task:
+        """The data: splits, class names, normalisation."""
+        size, stats = self.initial.patch_embed.img_size[0], normalisation(self.initial)
+        return load_task(self.settings.task, self.settings.seed, size, stats, self.store.root / "tasks")
+
+    @cached_property
+    def shards(self) -> list[Tensor]:
+        """Index tensors into the training split, one per client."""
+        train = self.task.train
+        return partition(train.labels, self.settings.partition, self.settings.seed, train.domains)
+
+    @cached_property
+    def uploads(self) -> list[Upload]:
+        """The one upload of every client; with its class histogram where ensemble or inversion needs it."""
+        return [u if self.settings.uses_counts else u.without_counts() for u in self.counted_uploads]
+
+    @cached_property
+    def features(self) -> Features:
+        """What statistics of clients are sums of: tokens of the shared initial model."""
+        model = self.settings.model
+        shape = ModelShape.of(model.name, self.initial)
+        return Features(shape=shape, weights=weights_digest(model), tokens=self.settings.statistics.tokens)
+
+    @cached_property
+    def statistics(self) -> list[Statistics]:
+        """The sums of features of every client."""
+        with progress(len(self.shards), "statistics", "client", delay=1) as bar:
+            found = []
+            for client, shard in enumerate(self.shards):
+                found.append(self._sum_features(self.statistics_key(client), shard))
+                bar.update(1)
+            return found
+
+    def _sum_features(self, key: str, rows: Tensor) -> Statistics:
+        """Return the sums over these images of the training split, from the store or computed now."""
+        path, shard, tokens = "statistics.safetensors", self.task.train.subset(rows), self.features.tokens
+        classes, width = self.features.shape.num_classes, self.features.width
+
+        def read(folder: Path) -> Statistics:
+            sums = Statistics.from_arrays(read_tensors(folder / path))
+            return sums.checked("stored statistics", classes, width, len(rows))
+
+        return self.store.get(
+            "statistics",
+            key,
+            read=read,
+            make=lambda: feature_statistics([self.initial], shard, tokens),
+            write=lambda sums, folder: write_tensors(sums.to_arrays(), folder / path),
+        )
+
+    @cached_property
+    def counted_uploads(self) -> list[Upload]:
+        """All uploads with their class histograms; what the store lacks is trained in parallel."""
+        names = range(len(self.shards))
+        todo = [k for k in names if not self.store.has("uploads", self.upload_key(k))]
+        if len(todo) > 1 and spreads():
+            todo.sort(key=lambda k: -len(self.shards[k]))  # the longest first
+            with progress(len(todo), "clients", "client") as bar:
+                for _ in parallel(partial(_train_in_worker, self.settings, self.store.root), todo):
+                    bar.update(1)
+        return self._train([self._client(k) for k in names], self.upload_key, "clients")
+
+    def train(self, client: int) -> Upload:
+        """Train one client, unless the store has its upload; return the upload with its class histogram."""
+        return self._train([self._client(client)], self.upload_key, "client")[0]
+
+    def _client(self, client: int) -> tuple[int, Tensor, ModelSettings]:
+        return client, self.shards[client], self.settings.model_of(client)
+
+    @cached_property
+    def clients(self) -> list[StatisticsClient]:
+        """The clients themselves, for a method that asks for statistics after the uploads."""
+        subset = self.task.train.subset
+        return [
+            StatisticsClient(upload, self.shared(self.settings.model_of(k)), subset(self.shards[k]))
+            for k, upload in enumerate(self.uploads)
+        ]
+
+    @cached_property
+    def stage_clients(self) -> list[FusionClient]:
+        """The clients themselves, for a method that trains stage by stage."""
+        s = self.settings
+        return [
+            FusionClient(
+                self.initial,
+                self.task.train.subset(shard),
+                s.client,
+                s.fusefl,
+                self.store,
+                client=client,
+                key=self.upload_key(client),
+                name=s.model.name,
+                seed=s.seed,
+            )
+            for client, shard in enumerate(self.shards)
+        ]
+
+    @cached_property
+    def central_upload(self) -> Upload:
+        """The upload of one client that holds the whole training split: the upper bound."""
+        clients = [(0, self._everything, self.settings.model)]
+        return self._train(clients, lambda _: self.central_key, "central")[0]
+
+    @property
+    def _everything(self) -> Tensor:
+        """Indices of the whole training split."""
+        return torch.arange(len(self.task.train))
+
+    def _train(
+        self, clients: Sequence[tuple[int, Tensor, ModelSettings]], key_of: Callable[[int], str], title: str
+    ) -> list[Upload]:
+        """Return the uploads of clients (number, shard, shared model), from the store or trained now."""
+        settings = self.settings.client
+        uploads = []
+        with progress(sum(local_steps(len(s), settings) for _, s, _ in clients), title, "step") as bar:
+            for client, rows, model in clients:
+                shard, before = self.task.train.subset(rows), bar.n
+
+                def make(client: int = client, shard: Split = shard, model: ModelSettings = model) -> Upload:
+                    return train_client(
+                        self.shared(model),
+                        shard,
+                        settings,
+                        client=client,
+                        name=model.name,
+                        seed=self.settings.seed,
+                        progress=bar.update,
+                    )
+
+                uploads.append(
+                    self.store.get("uploads", key_of(client), self._load(model), make, Upload.save)
+                )
+                bar.update(before + local_steps(len(shard), settings) - bar.n)
+        return uploads
+
+    def _load(self, model: ModelSettings) -> Callable[[Path], Upload]:
+        """Return a function that reads an upload of a client that started from this shared model."""
+        return partial(Upload.load, expected=ModelShape.of(model.name, self.shared(model)))
+
+    def statistics_key(self, client: int | None) -> str:
+        """Return the address of a client's statistics in the store; None: of those of all images."""
+        who = [] if client is None else [self.settings.partition.model_dump(), client]
+        return fingerprint("statistics", self.settings.seed, *self._data_inputs, self._features_text, *who)
+
+    @cached_property
+    def _features_text(self) -> str:
+        return self.features.model_dump_json()
+
+    def upload_key(self, client: int) -> str:
+        """Return the address of a client's upload in the store."""
+        inputs = self._training_inputs(self.settings.model_of(client))
+        return fingerprint("upload", inputs, self.settings.partition.model_dump(), client)
+
+    @property
+    def central_key(self) -> str:
+        """The address of the central upload in the store."""
+        return fingerprint("central", self._training_inputs(self.settings.model))
+
+    def _training_inputs(self, model: ModelSettings) -> list[Any]:
+        """List all that local training from this shared model depends on, except client and partition."""
+        s = self.settings
+        inputs = [
+            s.seed,
+            *self._data_inputs,
+            s.client.model_dump(exclude={"models"}),
+            model.model_dump(),
+            weights_digest(model),
+        ]
+        return inputs if model == s.model else [*inputs, s.model.model_dump()]  # it fixes the images
+
+    @property
+    def _data_inputs(self) -> list[Any]:
+        """All that the task's images depend on: settings, and the files' digest, not their folder."""
+        return [self.settings.task.model_dump(exclude={"data_dir", "download"}), self.task.digest]
+
+    def uploads_for(self, method: Method | str) -> list[Upload]:
+        """Return what every client sends for a method: weights, class histogram, statistics, as it needs."""
+        record = find(method) if isinstance(method, str) else method
+        counted = record.needs_counts_under(self.settings)
+        if record.given == "central":
+            found = (
+                [self.central_upload] if record.needs_weights else [self._bare_upload(0, self._everything)]
+            )
+        elif record.needs_weights:
+            found = self.counted_uploads if counted else [u.without_counts() for u in self.counted_uploads]
+        else:
+            found = [self._bare_upload(k, shard) for k, shard in enumerate(self.shards)]
+        if not record.needs_statistics_under(self.settings):
+            return found
+        if record.given == "central":
+            sums = [self._sum_features(self.statistics_key(None), self._everything)]
+        else:
+            sums = self.statistics
+        return [u.with_statistics(s, self.features).checked() for u, s in zip(found, sums, strict=True)]
+
+    def _bare_upload(self, client: int, rows: Tensor) -> Upload:
+        """Return an upload without weights, to which statistics are added."""
+        return Upload(client, len(rows), self.features.shape, None)
+
+
+def _train_in_worker(settings: Settings, store: Path, client: int) -> None:
+    Clients(settings, store).train(client)

@@ -1,0 +1,96 @@
+"""What the methods on sums of features share: the shared backbone, its linear head, a second exchange."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from ..core.errors import BadInput
+from ..core.machine import device
+from ..core.progress import timed
+from ..server.statistics import Head, ridge, total_statistics
+from ..settings import Settings
+from ..settings.schema import FeatureTokens
+from ..upload import ModelShape, Statistics, Upload, wire_bytes
+from ..vision.features import FeatureClassifier, feature_width
+from ..vision.vit import weights_digest
+from ._method import Outcome
+from ._student import initial_model
+
+Model = tuple[ModelShape, dict[str, Tensor]]  # a model in a message: its shape and its weights
+
+
+class Client(Protocol):
+    """The interface of a client of two exchanges: its upload, then sums of features of models it is sent."""
+
+    upload: Upload
+    shared: dict[str, Tensor]  # weights of the model that it was sent first
+
+    def statistics(self, models: Sequence[Model], tokens: FeatureTokens) -> Statistics:
+        """Return the sums of the models' features, side by side, over the client's images."""
+        ...
+
+
+def classify(uploads: Sequence[Upload], settings: Settings, solve: Callable[[Statistics], Head]) -> Outcome:
+    """Return the shared model with the linear head that `solve` finds from the sums of all clients."""
+    seconds: dict[str, float] = {}
+    with timed(seconds, "solving"):
+        model = feature_classifier(uploads, settings, solve)
+    return Outcome([model], seconds)
+
+
+def feature_classifier(
+    uploads: Sequence[Upload], settings: Settings, solve: Callable[[Statistics], Head]
+) -> FeatureClassifier:
+    """Build the shared model with the head that `solve` finds; BadInput for sums of another model."""
+    statistics, features = total_statistics(uploads), uploads[0].features
+    if features.weights != (own := weights_digest(settings.model)):
+        raise BadInput(
+            f"upload of client {uploads[0].client}: its statistics are of {features}, "
+            f"the shared model is {settings.model.name!r} with weights {own[:12]!r}"
+        )
+    vit = initial_model(uploads, settings)
+    return FeatureClassifier([vit], features.tokens, *solve(statistics)).to(device())
+
+
+def ridge_head(settings: Settings) -> Callable[[Statistics], Head]:
+    """Return ridge regression at the run's penalty, as a function of statistics."""
+    return partial(ridge, penalty=settings.statistics.ridge)
+
+
+def ridge_classifier(uploads: Sequence[Upload], settings: Settings) -> FeatureClassifier:
+    """Build the shared model with the head of ridge regression."""
+    return feature_classifier(uploads, settings, ridge_head(settings))
+
+
+def solve_again(clients: Sequence[Client], models: Sequence[Model], settings: Settings) -> Outcome:
+    """Send models to all clients, and solve ridge regression on the sums of their features that come back.
+
+    Messages up: each client's upload, then its sums. Down: the shared model, then `models`, to each client.
+    """
+    own, vits = settings.statistics, [build(*model) for model in models]
+    classes, width = vits[0].num_classes, sum(feature_width(vit, own.tokens) for vit in vits)
+    up = down = 0
+    seconds: dict[str, float] = {}
+    total: Statistics | None = None
+    for client in clients:
+        sums = client.statistics(models, own.tokens)
+        who = f"second message of client {client.upload.client}"
+        sums.check_sums(who, classes, width, client.upload.size)
+        total = sums if total is None else total + sums
+        up += client.upload.bytes + wire_bytes(sums.to_arrays())
+        down += wire_bytes(client.shared) + sum(wire_bytes(weights) for _, weights in models)
+    with timed(seconds, "solving"):
+        total.check_scatter("second messages of all clients")
+        head = ridge_head(settings)(total)
+    classifier = FeatureClassifier(vits, own.tokens, *head).to(device())
+    return Outcome([classifier], seconds, uplink_bytes=up, downlink_bytes=down)
+
+
+def build(shape: ModelShape, weights: dict[str, Tensor]) -> VisionTransformer:
+    """Build a model of a message, frozen, in evaluation mode."""
+    vit = shape.build()
+    vit.load_state_dict(weights)
+    return vit.eval().requires_grad_(False)

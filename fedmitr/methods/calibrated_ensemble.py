@@ -1,0 +1,45 @@
+"""The ensemble with class offsets, fitted without data to synthetic images: a reference of K models."""
+
+from collections.abc import Sequence
+
+from ..core.progress import timed
+from ..core.store import Store
+from ..server.distill import calibrated
+from ..settings import Settings, SettingsBlock
+from ..settings.schema import Positive, setting
+from ..upload import Upload
+from ._method import Method, Outcome
+from ._student import build_ensemble, student_start
+from .fedmitr import fedmitr_work, inversion_keys, synthetic_set
+from .fedmitr_plus import with_additions
+
+
+class CalibratedEnsembleSettings(SettingsBlock):
+    """The calibrated ensemble: FedMITR+'s ensemble with offsets fitted to FedMITR+'s images."""
+
+    penalty: Positive = setting(0.02, "penalty λ of the class offsets", "ours")
+
+
+def calibrated_ensemble(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
+    """Fit class offsets to labelled views of FedMITR+'s images, and return the ensemble with them."""
+    synthetic = synthetic_set(uploads, settings, store)
+    seconds = {"inversion": sum(store.seconds("synthetic", k) for k in inversion_keys(uploads, settings))}
+    how = settings.distill.model_copy(update={"calibrate": settings.calibrated_ensemble.penalty})
+    with timed(seconds, "calibration"):
+        vit, ensemble = student_start(uploads, settings), build_ensemble(uploads, settings)
+        ensemble = calibrated(ensemble, vit, synthetic, how, settings.seed)
+    return Outcome([ensemble], seconds, synthetic)
+
+
+METHOD = Method(
+    name="calibrated_ensemble",
+    run=calibrated_ensemble,
+    label="calibrated ensemble",
+    family="reference",
+    citation="",
+    settings=CalibratedEnsembleSettings,
+    search={"calibrated_ensemble.penalty": (0.005, 0.02, 0.1)},
+    adapt=with_additions,
+    work=lambda settings: fedmitr_work(settings.changed({"distill.steps": 1})),
+    single_model=False,
+)

@@ -1,0 +1,84 @@
+"""FedMITR+: FedMITR with our additions, each a switch of its own; with all of them off it is FedMITR.
+
+- Owners: each image is inverted from one client that holds its class, and not from the ensemble, most of
+  whose members never saw that class.
+- Class weights: a client counts for a class as much as it holds of it.
+- Affine views: images are scaled, turned and shifted while they are optimised, as later in training.
+- Offsets: one number for each class is added to the teacher's log-probabilities, fitted to the images' labels.
+- Textures: what surrounds the surviving patches is new in each view.
+- Label cross-entropy: the label that an image was made for enters the student's loss.
+- Half-soft survivors: a surviving patch's label is half the image's label and half the ensemble's own.
+- Statistics: clients also send sums of features of the shared model. The teacher becomes log A(x) + β·r(x), r the
+  scores of ridge regression, which are those of all images in one place (ridge.py). They say how clients
+  compare, which no fit without data could.
+"""
+
+from collections.abc import Sequence
+
+from ..core.store import Store
+from ..settings import Settings, SettingsBlock
+from ..settings.schema import NotNegative, Share, setting
+from ..upload import Upload
+from ._method import Method, Outcome, Range
+from .fedmitr import SEARCH, fedmitr, fedmitr_work
+
+ONLY_PLUS = "ours"
+
+
+class FedmitrPlusSettings(SettingsBlock):
+    """FedMITR+: the additions to FedMITR."""
+
+    owners: bool = setting(True, "invert for each image one client that holds its class, not the ensemble")
+    class_weights: bool = setting(True, "weight clients by their class counts c_k (ensemble.mode=class)")
+    statistics: bool = setting(True, "clients send sums of features; ridge scores join the teacher")
+    affine: Share = setting(0.7, "strength of affine views in inversion; 0: jitter alone")
+    textures: bool = setting(True, "show new texture in place of stopped patches in each view")
+    offsets: NotNegative = setting(0.02, "penalty λ of the class offsets fitted to the labels; 0: none")
+    label_ce: NotNegative = setting(0.25, "weight of the cross-entropy of CLS to the images' labels")
+    half_soft: Share = setting(0.5, "share of the soft label in the label of a surviving patch")
+
+
+def with_additions(settings: Settings) -> Settings:
+    """Return the settings under which FedMITR's functions run: those of the run, and what is switched on."""
+    own, on = settings.fedmitr_plus, {}
+    if own.owners:
+        on["inversion.teacher"] = "owners"
+    if own.class_weights:
+        on["ensemble.mode"] = "class"
+    if own.affine:
+        on["inversion.augment"] = own.affine
+    if own.textures:
+        on["distill.background"] = "texture"
+    if own.offsets:
+        on["distill.calibrate"] = own.offsets
+    if own.label_ce:
+        on["distill.ce_weight"] = own.label_ce
+    if own.half_soft:
+        on["relabel.foreground_soft"] = own.half_soft
+    return settings.changed(on)
+
+
+def fedmitr_plus(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
+    """Turn uploads into one global model, as `fedmitr` does under `with_additions`."""
+    return fedmitr(uploads, settings, store)
+
+
+METHOD = Method(
+    name="fedmitr_plus",
+    run=fedmitr_plus,
+    label="FedMITR+",
+    citation="ours, on FedMITR",
+    settings=FedmitrPlusSettings,
+    search={
+        **{name: values for name, values in SEARCH.items() if name != "ensemble.mode"},
+        "statistics.weight": Range(1.0, 30.0, log=True),
+        "fedmitr_plus.affine": (0.0, 0.35, 0.7, 1.0),
+        "fedmitr_plus.textures": (False, True),
+        "fedmitr_plus.offsets": (0.0, 0.005, 0.02, 0.1),
+        "fedmitr_plus.label_ce": (0.0, 0.1, 0.25, 0.5, 1.0),
+        "fedmitr_plus.half_soft": (0.0, 0.25, 0.5, 1.0),
+    },
+    adapt=with_additions,
+    work=fedmitr_work,
+    needs_statistics="fedmitr_plus.statistics",
+)

@@ -5,6 +5,7 @@ code.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ class GeneratorSettings(StudentSettings):
 
     rounds: Count = setting(4, "rounds of generation, then distillation", "DENSE, Co-Boosting: 200")
     generator_steps: Count = setting(15, "optimiser steps of the generator in a round", "DENSE: 30")
-    lr: Positive = setting(5e-3, "Adam's learning rate of the generator", "DENSE: 1e-3")
+    lr: Positive = setting(5e-3, "Adam's learning rate of the generator", "DENSE, Co-Boosting: 1e-3")
     latent: Count = setting(100, "length of the noise z", "FedFTG; DENSE: 256")
     width: Count = setting(16, "channels of the generator", "DENSE: 64")
     images: Count = setting(400, "synthetic images in all, under budget=own")
@@ -49,8 +50,12 @@ def generator_search(block: str) -> Search:
 class Generator(nn.Module):
     """A network from noise z (B, latent), and labels (B,) if `conditional`, to images (B, ch, H, W).
 
-    As in DENSE and FedFTG: a linear layer to a coarse map, doublings with 3×3 convolutions, batch
-    normalisation and LeakyReLU; a sigmoid gives the brightness, which is normalised as for the models.
+    A linear layer to a coarse map, doublings with 3×3 convolutions, batch normalisation and LeakyReLU. What
+    comes then, and the initial weights, are of two public forms. "dense" (DENSE, Co-Boosting): a sigmoid
+    gives the brightness, which is normalised as for the models; weights are drawn by `draw_small_weights`.
+    "dafl" (DAFL, FedFTG): tanh and batch normalisation give normalised images; weights are torch's defaults.
+    A conditional generator makes half of the coarse map's channels of the noise and half of the label, as
+    FedFTG's: batch normalisation then makes the two equally strong.
     """
 
     def __init__(
@@ -58,34 +63,46 @@ class Generator(nn.Module):
         vit: VisionTransformer,
         settings: GeneratorSettings,
         rng: torch.Generator,
+        form: Literal["dense", "dafl"] = "dense",
         conditional: bool = False,
     ) -> None:
         """Build the generator of images for `vit`; rng fixes its initial weights."""
         super().__init__()
-        self.side, width = vit.patch_embed.img_size, settings.width
+        self.side, width, channels = (
+            vit.patch_embed.img_size,
+            settings.width,
+            vit.patch_embed.proj.in_channels,
+        )
         doublings = max(0, math.ceil(math.log2(max(self.side) / COARSEST)))
         self.coarse = tuple(math.ceil(s / 2**doublings) for s in self.side)
         self.classes = vit.num_classes if conditional else 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch.randint(2**31, (1,), generator=rng).item())
-            self.start = nn.Linear(settings.latent + self.classes, 2 * width * math.prod(self.coarse))
+            cells = math.prod(self.coarse)
+            self.start = nn.Linear(settings.latent, (1 if conditional else 2) * width * cells)
+            self.label = nn.Linear(self.classes, width * cells) if conditional else None
             self.body = nn.Sequential(nn.BatchNorm2d(2 * width))
             for index in range(doublings):
                 self.body.append(nn.Upsample(scale_factor=2))
                 self.body.extend(_convolution(2 * width, width if index == doublings - 1 else 2 * width))
-            last = width if doublings else 2 * width
-            self.body.append(nn.Conv2d(last, vit.patch_embed.proj.in_channels, 3, padding=1))
+            self.body.append(nn.Conv2d(width if doublings else 2 * width, channels, 3, padding=1))
+            if form == "dense":
+                self.apply(draw_small_weights)
+        self.standardise = nn.BatchNorm2d(channels, affine=False) if form == "dafl" else None
         for name, value in zip(("mean", "std"), normalisation(vit), strict=True):
             self.register_buffer(name, value)
         self.to(device())
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return normalised images (B, ch, H, W) for noise z (B, latent) and labels (B,)."""
-        if self.classes:
-            z = torch.cat([z, F.one_hot(labels, self.classes).to(z)], dim=1)  # (B, latent + C)
-        brightness = self.body(self.start(z).view(len(z), -1, *self.coarse)).sigmoid()
-        brightness = brightness[..., : self.side[0], : self.side[1]]
-        return (brightness - self.mean) / self.std
+        coarse = self.start(z)  # (B, 2·width·h·w), or half of that beside the label's half
+        if self.label is not None:
+            coarse = torch.cat([coarse, self.label(F.one_hot(labels, self.classes).to(z))], dim=1)
+        image = self.body(coarse.view(len(z), -1, *self.coarse))
+        image = image[..., : self.side[0], : self.side[1]]
+        if self.standardise is not None:
+            return self.standardise(image.tanh())
+        return (image.sigmoid() - self.mean) / self.std
 
 
 def _convolution(channels: int, out: int) -> list[nn.Module]:
@@ -94,6 +111,18 @@ def _convolution(channels: int, out: int) -> list[nn.Module]:
         nn.BatchNorm2d(out),
         nn.LeakyReLU(0.2, inplace=True),
     ]
+
+
+@torch.no_grad()
+def draw_small_weights(layer: nn.Module) -> None:
+    """Draw a layer's weights as DENSE and Co-Boosting do, from torch's global random state.
+
+    Linear layers and convolutions from N(0, 0.02²), scales of batch normalisation from N(1, 0.02²); biases 0.
+    """
+    if isinstance(layer, nn.Linear | nn.Conv2d | nn.BatchNorm2d):
+        layer.weight.normal_(1.0 if isinstance(layer, nn.BatchNorm2d) else 0.0, 0.02)
+        if layer.bias is not None:
+            layer.bias.zero_()
 
 
 def make_adam(parameters, settings: GeneratorSettings) -> torch.optim.Adam:
@@ -193,8 +222,9 @@ def distil_generated(
         student = Student(uploads, settings, method, steps)
         rounds = min(own.rounds, images)
         with progress(rounds * own.generator_steps + steps, find(method).label, "step") as bar:
-            generation = begin(student, portions(images, rounds), rng, bar.update)
-            return alternate(student, generation, steps, rounds, stage="generation", progress=bar.update)
+            counts = portions(images, rounds)
+            generation = begin(student, counts, rng, bar.update)
+            return alternate(student, generation, steps, counts, stage="generation", progress=bar.update)
 
     return stored(method, uploads, settings, store, make)
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 
 import torch
@@ -28,7 +28,8 @@ from ._method import Outcome, Range, Search
 from .fedavg import average_weights
 
 # Settings of the `distill` block that FedMITR alone reads: other methods have their own, or no use for them.
-FEDMITR_ALONE = {"lr", "ce_weight", "calibrate", "token_weight", "per_class", "group"}
+FEDMITR_ALONE = {"lr", "temperature", "ce_weight", "calibrate", "token_weight", "per_class", "group"}
+KD_TEMPERATURE = "temperature T of the distillation loss of its student"
 CE_WEIGHT = "weight of the cross-entropy of CLS to the images' labels, in distillation"
 CALIBRATE = "penalty λ of class offsets fitted to the images' labels before each round; 0: none"
 
@@ -37,14 +38,17 @@ class StudentSettings(SettingsBlock):
     """The student of a method that distils; FedMITR's is set by the `distill` block."""
 
     student_lr: Positive = setting(3e-4, "peak learning rate of its student")
+    kd_temperature: Positive = setting(1.0, KD_TEMPERATURE)
     ce_weight: NotNegative = setting(0.0, CE_WEIGHT)
     calibrate: NotNegative = setting(0.0, CALIBRATE)
 
 
 def student_search(block: str) -> Search:
-    """List what tuning may try for the student of a method with this block of settings."""
+    """List what tuning may try for the student of a method with this block of settings, and its teacher."""
     return {
+        "ensemble.mode": ("mean_probs", "mean_logits", "size", "class"),
         f"{block}.student_lr": Range(1e-4, 2e-3, log=True),
+        f"{block}.kd_temperature": Range(1.0, 20.0, log=True),
         f"{block}.ce_weight": (0.0, 0.1, 0.25, 0.5, 1.0),
         f"{block}.calibrate": (0.0, 0.005, 0.02, 0.1),
     }
@@ -67,19 +71,24 @@ def build_ensemble(uploads: Sequence[Upload], settings: Settings) -> Ensemble:
 
 def student_start(uploads: Sequence[Upload], settings: Settings) -> VisionTransformer:
     """Make the student as it is before distillation: the shared initial model, or the clients' average."""
-    shape, model = global_shape(uploads, settings), settings.model
     if settings.distill.start == "average":
-        vit = shape.build()
+        vit = global_shape(uploads, settings).build()
         vit.load_state_dict(average_weights(uploads))
-    else:
-        vit = create_vit(
-            shape.name,
-            shape.num_classes,
-            pretrained=model.pretrained,
-            checkpoint=model.checkpoint,
-            image_size=shape.image_size,
-            in_chans=shape.in_chans,
-        )
+        return vit.to(device())
+    return initial_model(uploads, settings)
+
+
+def initial_model(uploads: Sequence[Upload], settings: Settings) -> VisionTransformer:
+    """Build the shared model that the clients started from, for the images and classes of the uploads."""
+    shape, model = global_shape(uploads, settings), settings.model
+    vit = create_vit(
+        shape.name,
+        shape.num_classes,
+        pretrained=model.pretrained,
+        checkpoint=model.checkpoint,
+        image_size=shape.image_size,
+        in_chans=shape.in_chans,
+    )
     return vit.to(device())
 
 
@@ -102,7 +111,8 @@ class Student:
         self.vit = student_start(uploads, settings)
         own = getattr(settings, method, None)
         own = own if isinstance(own, StudentSettings) else StudentSettings()
-        self.settings = settings.distill.model_copy(update={"ce_weight": own.ce_weight, "lr": own.student_lr})
+        ours = {"lr": own.student_lr, "temperature": own.kd_temperature, "ce_weight": own.ce_weight}
+        self.settings = settings.distill.model_copy(update=ours)
         self.calibrate = own.calibrate
         self.optimizer, self.schedule = student_optimizer(self.vit, self.settings, steps)
         self.rng = make_rng(settings.seed, method, "distill")
@@ -144,6 +154,11 @@ class Student:
             return self._draw(partial(self._view, self.images), len(self.images), 1)
         return tuple(map(torch.cat, zip(*self.views, strict=True)))
 
+    def unchanged_views(self) -> Batch:
+        """Draw a view of each image of the pool without `change`: views, labels (n,), logits (n, K, C)."""
+        draw = partial(self._view, self.images, changed=False)
+        return self._draw(draw, len(self.images), 1)
+
     def learn(self, steps: int, teacher: Teacher, progress: Callable[[int], object] | None = None) -> None:
         """Distil for some steps on random batches of the whole pool, labelled by `teacher`.
 
@@ -175,10 +190,11 @@ class Student:
     def _draw(self, fresh: Callable[[Tensor], Batch], count: int, views: int) -> Batch:
         return draw_views(fresh, count, views, self.rng, images_at_once(self.vit))
 
-    def _view(self, images: SyntheticSet, pick: Tensor) -> Batch:
+    def _view(self, images: SyntheticSet, pick: Tensor, changed: bool = True) -> Batch:
         """Draw a view of each image in pick (B,): pixels, labels (B,) and the clients' logits (B, K, C)."""
         views = view(self.vit, images, pick, self.settings, self.rng)[0]
-        views = self.change(self.ensemble, views) if self.change else views
+        if changed and self.change:
+            views = self.change(self.ensemble, views)
         with torch.no_grad():
             return views, images.labels[pick], self.ensemble.logits(views).transpose(0, 1)
 
@@ -193,6 +209,18 @@ def whole_images(vit: VisionTransformer, images: Tensor, labels: Tensor) -> Synt
 def portions(total: int, parts: int) -> list[int]:
     """Split total into `parts` whole numbers that differ by at most one."""
     return [total * (i + 1) // parts - total * i // parts for i in range(parts)]
+
+
+def steps_of_rounds(steps: int, counts: Sequence[int]) -> list[int]:
+    """Split the student's steps over rounds that add counts[r] images each to the pool.
+
+    A round's share is in proportion to the images in its pool, so that every round passes over its pool
+    equally often, as in the public code of DENSE and Co-Boosting (once there). The last round, which has all
+    images, gets as much again for a last pass over all.
+    """
+    sizes = list(accumulate(counts))
+    done = list(accumulate([*sizes[:-1], 2 * sizes[-1]], initial=0))
+    return [steps * end // done[-1] - steps * start // done[-1] for start, end in pairwise(done)]
 
 
 Images = Sequence[tuple[Tensor, Tensor]]  # batches of images (n, ch, H, W) with labels (n,)
@@ -215,19 +243,20 @@ def alternate(
     student: Student,
     generation: Generation,
     steps: int,
-    rounds: int,
+    counts: Sequence[int],
     *,
     stage: str,
     progress: Callable[[int], object],
 ) -> Outcome:
     """Make images, then distil on all of them so far, round after round; return the student's outcome.
 
-    steps: of the student in all, shared equally by the rounds. stage: the name under which the seconds of
-    making images are kept. progress is called with 1 after each student step.
+    steps: of the student in all, shared among the rounds by `steps_of_rounds`. counts: the images that each
+    round makes. stage: the name under which the seconds of making images are kept. progress is called with 1
+    after each student step.
     """
     teacher = generation.teacher or student.by_ensemble
     seconds: dict[str, float] = {}
-    for index, share in enumerate(portions(steps, rounds)):
+    for index, share in enumerate(steps_of_rounds(steps, counts)):
         with timed(seconds, stage):
             made = generation.make(index)
         with timed(seconds, "distillation"):

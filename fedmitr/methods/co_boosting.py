@@ -1,18 +1,22 @@
 """Co-Boosting (Dai et al., ICLR 2024): hard samples and ensemble weights that improve each other.
 
-Each round, with ensemble A_w(x) = softmax Σ_k w_k z_k(x):
+Each round, with ensemble A_w(x) = softmax(Σ_k w_k z_k(x) / Σ_k w_k):
 
-    1. generator and noise    min (1 − p_y)^h·CE(A_w(x), y) − λ·KL(A_w(x)^(1/T) ‖ student(x)^(1/T))
-    2. ensemble weights       w ← clip(w − μ·decay^round·sign ∂CE(A_w(x), y)/∂w, 0, 1), batch by batch
-    3. distillation on all images so far, each moved by ε·sign ∂(u·softmax(z_A(x)/4))/∂x, u ~ U(−1, 1)
+    1. generator and noise    min (1 − p_y)^h·CE(A_w(x), y) − λ·T²·KL(A_w(x)^(1/T) ‖ student(x)^(1/T))
+    2. ensemble weights       w ← clip(w − μ·decay^round·sign ∂CE(A_w(x), y)/∂w, 0, 1), batch by batch of the
+                              images so far, as the generator made them
+    3. distillation of A_w, at temperature 4, on all images so far, each moved by
+                              ε·sign ∂(u·softmax(z_A(x)/4))/∂x, u ~ U(−1, 1)
 
-Published: h = 1, T = 3, λ = 1, ε = 8/255, μ = 0.01, decay 0.99, 200 rounds of 30 generator steps on
-128 images, w from 1/K.
+Published: h = 1, T = 3, λ = 1, ε = 8/255, μ = 0.01, decay 0.99, 200 rounds of 30 generator steps (Adam, 1e-3)
+on 128 images, w from 1/K, and one pass over the images in every 2. and 3.
 
-What changes here: no batch normalisation in a ViT, so no L_BN. w starts from the run's ensemble
-weights, one per client or, with `ensemble.mode=class`, one per client and class; with few rounds it is
-moved once per batch of stored views, from the first round on. A view is moved (3.) when it is drawn,
-with the weights of that round.
+What changes here: no batch normalisation in a ViT, so no L_BN. w starts from the run's ensemble weights,
+one per client or, with `ensemble.mode=class`, one per client and class (its sum then is by class). In 2.
+one view of each image is shown, from the first round on and with that round's images; the authors' code
+starts with the second round and the images before it. A view is moved (3.) when it is drawn, with the
+weights of that round. ε is of full brightness, as in the paper; the authors' code takes it of normalised
+pixels, half of that.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +29,7 @@ from torch import Tensor
 from ..core.machine import device
 from ..core.store import Store
 from ..server.ensemble import Ensemble, combine
-from ..server.views import epochs
+from ..server.views import Batch, epochs
 from ..settings import Settings
 from ..settings.schema import NotNegative, Share, setting
 from ..upload import Upload
@@ -38,7 +42,7 @@ from ._generator import (
     learned_batch,
 )
 from ._method import Method, Outcome
-from ._student import CALIBRATE, CE_WEIGHT, Generation, Images, Student
+from ._student import Generation, Images, Student
 from .dense import DenseSettings
 
 ODS_TEMPERATURE = 4.0  # of the prediction that the perturbation moves, as published
@@ -48,13 +52,11 @@ MODE = "mean_logits"  # the weights combine logits
 class CoBoostingSettings(DenseSettings):
     """Co-Boosting: DENSE on hard samples, with an ensemble whose weights are learned."""
 
-    ce_weight: NotNegative = setting(0.0, CE_WEIGHT)
-    calibrate: NotNegative = setting(0.0, CALIBRATE)
     hardness: NotNegative = setting(1.0, "exponent of (1 − p_y) in the hard-sample loss", "Co-Boosting")
     perturbation: NotNegative = setting(
         8 / 255, "step of the adversarial perturbation, of full brightness", "Co-Boosting"
     )
-    weight_step: NotNegative = setting(0.002, "step μ of the ensemble's weights", "Co-Boosting: 0.01")
+    weight_step: NotNegative = setting(0.01, "step μ of the ensemble's weights; 0: they stay", "Co-Boosting")
     weight_decay: Share = setting(0.99, "factor of μ from round to round", "Co-Boosting")
 
 
@@ -73,7 +75,7 @@ def _begin(
 ) -> Generation:
     """Prepare a run; counts holds the number of images of each round."""
     own, batch_size = settings.co_boosting, settings.distill.batch_size
-    teacher = student.ensemble
+    teacher, weights = student.ensemble, student.ensemble.weights  # w before it is divided by its sum
     teacher.mode = MODE
     student.change = partial(perturb, settings=own, rng=rng)
     targets = balanced_targets(uploads, counts, rng)
@@ -84,8 +86,10 @@ def _begin(
         return [(learned_batch(student.vit, labels, loss, own, rng, progress), labels)]
 
     def boost(index: int) -> None:
+        nonlocal weights
         rate = own.weight_step * own.weight_decay**index
-        teacher.weights = reweigh(teacher.weights, student, rate, batch_size, rng)
+        weights = reweigh(weights, student.unchanged_views(), rate, batch_size, rng)
+        teacher.weights = shares(weights)
 
     return Generation(make, before_learning=boost)
 
@@ -130,20 +134,25 @@ def perturb(ensemble: Ensemble, images: Tensor, settings: CoBoostingSettings, rn
     return (images + settings.perturbation / scale * gradient.sign()).detach()
 
 
-def reweigh(weights: Tensor, student: Student, rate: float, batch_size: int, rng: torch.Generator) -> Tensor:
-    """Return the ensemble's weights after one signed step for each batch of the pool."""
-    _, labels, logits = student.pool()  # (V,), (V, K, C)
-    for pick in epochs(len(labels), batch_size, rng, times=1):
+def reweigh(weights: Tensor, pool: Batch, rate: float, batch_size: int, rng: torch.Generator) -> Tensor:
+    """Return w after one signed step for each batch of the pool: views, labels (V,), logits (V, K, C)."""
+    _, labels, logits = pool
+    for pick in epochs(len(labels), batch_size, rng, times=1) if rate else ():
         weights = weight_step(weights, logits[pick].transpose(0, 1), labels[pick], rate)
     return weights
 
 
 def weight_step(weights: Tensor, logits: Tensor, labels: Tensor, rate: float) -> Tensor:
-    """Return clip(w − rate·sign ∂CE(A_w, y)/∂w, 0, 1) for weights (K, 1) or (K, C) and logits (K, B, C)."""
+    """Return clip(w − rate·sign ∂CE(A_w, y)/∂w, 0, 1) for w (K, 1) or (K, C) and logits (K, B, C)."""
     weights = weights.detach().requires_grad_(True)
-    loss = F.nll_loss(combine(logits, weights, MODE), labels)
+    loss = F.nll_loss(combine(logits, shares(weights), MODE), labels)
     (gradient,) = torch.autograd.grad(loss, weights)
     return (weights.detach() - rate * gradient.sign()).clamp(0, 1)
+
+
+def shares(weights: Tensor) -> Tensor:
+    """Return w (K, 1) or (K, C) divided by its sum over the clients; zeros where that is zero."""
+    return weights / weights.sum(dim=0).clamp_min(1e-6)
 
 
 METHOD = Method(
@@ -154,6 +163,7 @@ METHOD = Method(
     settings=CoBoostingSettings,
     search={
         **generator_search("co_boosting"),
+        "ensemble.mode": ("mean_logits", "size", "class"),  # the weights combine logits in each
         "co_boosting.disagreement": (0.0, 0.3, 1.0, 3.0, 10.0),
         "co_boosting.hardness": (0.0, 0.5, 1.0, 2.0),
         "co_boosting.perturbation": (0.0, 4 / 255, 8 / 255, 16 / 255),

@@ -5,15 +5,16 @@ Generation, for a batch of labels y and the ensemble A:
     min over generator and noise   CE(A(x), y) + λ1·L_BN − λ2·mean ω·KL(A(x)^(1/T) ‖ student(x)^(1/T)),
     ω = 1 where the two predict different classes (images at the boundary), else 0
 
-then distillation of A on all images made so far; the two alternate. Published: 200 rounds of 30
-generator steps on 128 images, Adam 1e-3, T = 3, a generator started anew in every round (values of
-the implementation that Co-Boosting's authors published beside theirs).
+then distillation of A, at temperature 4, on all images made so far, their labels unused; the two alternate.
+Published: 200 rounds of 30 generator steps on 128 images, Adam 1e-3, T = 3, a generator and noise started
+anew in every round, its weights from N(0, 0.02²), one pass over all images a round (values of the
+implementation that Co-Boosting's authors published beside theirs; DENSE's own command has batches of 256, T
+= 1 and distils at 20).
 
 What a ViT changes: it has no batch normalisation, so there are no statistics to match and L_BN is
 absent; nothing takes its place. The student starts where every method's does (`distill.start`), views
-and optimiser are those of the `distill` block (at a rate of its own), and A is the run's ensemble. Ours:
-the images' labels enter the student's loss (`dense.ce_weight`) and give A class offsets
-(`dense.calibrate`).
+and optimiser are those of the `distill` block (at a rate of its own), and A is the run's ensemble
+(published: the mean of the logits). Targets are balanced over the classes that clients hold.
 
 `_generator.distil_generated` runs the rounds; this file supplies the loss and how images are made.
 """
@@ -41,14 +42,15 @@ from ._generator import (
     learned_batch,
 )
 from ._method import Method, Outcome, Range
-from ._student import CALIBRATE, CE_WEIGHT, Generation, Images, Student
+from ._student import KD_TEMPERATURE, Generation, Images, Student
 
 
 class DenseSettings(GeneratorSettings):
     """DENSE: images of given classes on which student and ensemble still disagree."""
 
-    ce_weight: NotNegative = setting(0.25, CE_WEIGHT)
-    calibrate: NotNegative = setting(0.02, CALIBRATE)
+    kd_temperature: Positive = setting(
+        4.0, KD_TEMPERATURE, "DENSE and Co-Boosting, in Co-Boosting's code; DENSE's command: 20"
+    )
     disagreement: NotNegative = setting(
         1.0, "weight of the boundary-support loss", "DENSE, in Co-Boosting's code"
     )

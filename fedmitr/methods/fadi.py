@@ -5,15 +5,17 @@ still differs from the ensemble A:
 
     min_x   CE(A(x), y) + a_tv·TV(x) + a_l2·‖x‖² + a_c·(1 − JS(A(x), student(x)))
 
-then the student learns A on all images made so far; the two alternate. Published for CNNs: Adam on
-the pixels, 2,000 iterations and more, random jitter and flips, and a term that matches the running
-statistics of batch normalisation.
+then the student learns A, at temperature 3, on all images made so far, their labels unused; the two
+alternate. Published for CNNs: Adam on the pixels, 2,000 iterations and more, random jitter and flips, a_c =
+0.2, and a term that matches the running statistics of batch normalisation. In the authors' code JS is of
+probabilities clamped to [0.01, 0.99], each KL from the mean to them, in nats; here it is the true one, in
+bits.
 
 What a ViT changes: it has no batch normalisation, so that term is absent. Optimiser, views and priors
 are those of the `inversion` block, the same as FedMITR's, without its stops; so the difference between
 the two is what sparsity, token labels and the competition are worth. As every patch is carried to the
 end, fewer iterations cost as much as FedMITR's. With `inversion.teacher=owners`, A in both terms is one
-client for each image, drawn by its share of the image's class, as in FedMITR.
+client for each image, drawn by its share of the image's class, as in FedMITR+.
 """
 
 from collections.abc import Sequence
@@ -28,12 +30,11 @@ from ..server.ensemble import held_classes
 from ..server.inversion import invert
 from ..server.synthetic import label_batches
 from ..settings import Settings
-from ..settings.schema import Count, InversionSettings, NotNegative, setting
+from ..settings.schema import Count, InversionSettings, NotNegative, Positive, setting
 from ..upload import Upload
-from ._method import Method, Outcome, Work
+from ._method import Method, Outcome, Range, Work
 from ._student import (
-    CALIBRATE,
-    CE_WEIGHT,
+    KD_TEMPERATURE,
     Generation,
     Images,
     Student,
@@ -48,14 +49,13 @@ from ._student import (
 class FadiSettings(StudentSettings):
     """F-ADI: dense DeepInversion against a growing student, then distillation."""
 
-    ce_weight: NotNegative = setting(0.25, CE_WEIGHT)
-    calibrate: NotNegative = setting(0.02, CALIBRATE)
+    kd_temperature: Positive = setting(3.0, KD_TEMPERATURE, "DeepInversion's authors, issue 9 of their code")
     rounds: Count = setting(2, "times that inversion and distillation alternate", "choice")
     iterations: Count = setting(
         62, "steps of the optimiser; no fewer patch-steps than FedMITR's sparse ones", "ADI: 2000"
     )
     competition: NotNegative = setting(
-        1.0, "weight of 1 − JS(teacher, student) in the inversion loss", "choice"
+        0.2, "weight of 1 − JS(teacher, student) in the inversion loss", "ADI, with a JS of its own"
     )
 
 
@@ -95,7 +95,8 @@ def _rounds(uploads: Sequence[Upload], settings: Settings) -> Outcome:
             ]
             return [(part.pixels, part.labels) for part in made]
 
-        return alternate(student, Generation(make), steps, rounds, stage="inversion", progress=bar.update)
+        counts = [sum(len(labels) for _, labels in share) for share in shares]
+        return alternate(student, Generation(make), steps, counts, stage="inversion", progress=bar.update)
 
 
 METHOD = Method(
@@ -106,9 +107,13 @@ METHOD = Method(
     settings=FadiSettings,
     search={
         **student_search("fadi"),
+        "inversion.teacher": ("ensemble", "owners"),
+        "inversion.tv": Range(1e-4, 1e-2, log=True),
+        "inversion.lr": Range(0.1, 1.0, log=True),
+        "inversion.augment": (0.0, 0.35, 0.7, 1.0),
         "fadi.rounds": (1, 2, 4),
         "fadi.iterations": (31, 62, 124),
-        "fadi.competition": (0.0, 0.3, 1.0, 3.0),
+        "fadi.competition": (0.0, 0.2, 1.0, 3.0),
     },
     work=lambda settings: Work(
         images=settings.inversion.images,

@@ -3,15 +3,17 @@
 The generator is given noise alone. Its images x should be recognised as some class, excite the teacher's
 features f, and be predicted as all classes alike; the teacher is the ensemble A:
 
-    min over generator   CE(A(x), argmax A(x)) − α·mean|f(x)| − β·H(mean A(x))
+    min over generator   γ·CE(A(x), argmax A(x)) − α·mean|f(x)| − β·H(mean A(x))
 
-then the student learns A on its images; the two alternate. Published: α = 0.1, β = 5, batches of 512,
-the student on fresh images in every step.
+then the student learns A on its images, at T = 1; the two alternate. Published: α = 0.1, β = 5, batches of
+512 for MNIST; α = 0.01, β = 5, CE × 0.05, batches of 1,024 for CIFAR-10; the student on fresh images in every
+step.
 
 What changes here: the generator is trained in rounds, after each of which it adds its share of the
-synthetic images to the pool, so that the budget is that of every other method. f is a ViT's input to
-the classifier; layer normalisation fixes its scale, so the activation term says much less than for a
-CNN. The entropy is in nats. It alone balances the images: none is made for a target label.
+synthetic images to the pool, so that the budget is that of every other method. f is a ViT's input to the
+classifier; layer normalisation fixes its scale, so the activation term says much less than for a CNN. The
+entropy is in nats (in the authors' code to base 10). It alone balances the images: none is made for a
+target label. The authors' code lets the student's loss move the generator too; the paper does not.
 """
 
 import math
@@ -47,6 +49,7 @@ class FdaflSettings(GeneratorSettings):
     """F-DAFL: a generator whose images excite the ensemble, each one class, all classes alike."""
 
     batch_size: Count = setting(64, "images of a generator step", "DAFL: 512")
+    one_hot: NotNegative = setting(1.0, "weight of the cross-entropy to the predicted class", "DAFL")
     activation: NotNegative = setting(0.1, "weight α of the teacher's mean absolute feature", "DAFL")
     entropy: NotNegative = setting(5.0, "weight β of the batch's class entropy", "DAFL")
 
@@ -64,7 +67,7 @@ def _begin(
     progress: Callable[[int], object],
 ) -> Generation:
     """Prepare a run; counts holds the number of images of each round."""
-    generator = Generator(student.vit, own, rng)
+    generator = Generator(student.vit, own, rng, form="dafl")
     optimizer = make_adam(generator.parameters(), own)
 
     def make(index: int) -> Images:
@@ -94,11 +97,11 @@ def excite(ensemble: Ensemble, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def generator_loss(log_probs: Tensor, features: Tensor, settings: FdaflSettings) -> Tensor:
-    """Compute CE(A, argmax A) − α·mean|f| − β·H(mean A), with log A = log_probs (B, C), H in nats."""
-    one_hot = F.nll_loss(log_probs, log_probs.argmax(1))
+    """Compute γ·CE(A, argmax A) − α·mean|f| − β·H(mean A), with log A = log_probs (B, C), H in nats."""
+    certain = settings.one_hot * F.nll_loss(log_probs, log_probs.argmax(1))
     mean = (log_probs.logsumexp(0) - math.log(len(log_probs))).clamp(min=-1e3)  # log, never -inf: (C,)
     entropy = -(mean.exp() * mean).sum()
-    return one_hot - settings.activation * features.abs().mean() - settings.entropy * entropy
+    return certain - settings.activation * features.abs().mean() - settings.entropy * entropy
 
 
 METHOD = Method(
@@ -109,6 +112,7 @@ METHOD = Method(
     settings=FdaflSettings,
     search={
         **generator_search("fdafl"),
+        "fdafl.one_hot": (0.05, 0.3, 1.0),
         "fdafl.activation": (0.0, 0.03, 0.1, 0.3),
         "fdafl.entropy": (1.0, 5.0, 20.0),
     },

@@ -78,8 +78,7 @@ jobs_option = click.option(
 
 def set_backend(context: click.Context, option: click.Parameter, value: str | None) -> None:
     """Set FEDMITR_BACKEND or FEDMITR_CLUSTER, which `core.processes` reads."""
-    if value is not None:
-        os.environ[f"FEDMITR_{option.name.upper()}"] = value
+    os.environ |= {f"FEDMITR_{option.name.upper()}": value} if value is not None else {}
 
 
 backend_option = click.option(
@@ -158,10 +157,13 @@ def run(method, profile, task, model, clients, alpha, seed, assignments, store, 
     click.echo(
         f"{method} on {result.task}, {result.clients} clients, seed {result.seed}: {result.accuracy:.3f}"
     )
-    average = result.fedavg_accuracy
-    average_text = "" if average is None else f"one-shot FedAvg {average:.3f} · "
-    click.echo(f"  ensemble {result.ensemble_accuracy:.3f} · {average_text}", nl=False)
-    click.echo(f"best client alone {result.best_local_accuracy:.3f}")
+    references = {
+        "ensemble": result.ensemble_accuracy,
+        "one-shot FedAvg": result.fedavg_accuracy,
+        "best client alone": result.best_local_accuracy,
+    }
+    if told := " · ".join(f"{name} {value:.3f}" for name, value in references.items() if value is not None):
+        click.echo(f"  {told}")
     click.echo(f"  uplink {result.upload_bytes / 1e6:.2f} MB · seconds {result.seconds}")
 
 
@@ -286,25 +288,22 @@ def list_methods(as_json) -> None:
     if as_json:
         click.echo("\n".join(map(json.dumps, rows)))
         return
-    line = "{:12} {:12} {:17} {:25} {!s:14} {!s:6} {}".format
-    click.echo(line("name", "label", "family", "clients send", "exchanges", "models", "source"))
-    for row in rows:
-        sends = ", ".join(row["sends"]) or "nothing"
-        columns = ("exchanges", "models", "citation")
-        click.echo(line(row["name"], row["label"], row["family"], sends, *map(row.get, columns)).rstrip())
-    click.echo(
-        "models: how many run at each prediction; K is the number of clients. By default uploads also carry\n"
-        "class histograms, because ensemble.mode=class and inversion.teacher=owners need them."
-    )
+    import pandas as pd
+
+    table = pd.DataFrame([row | {"sends": ", ".join(row["sends"]) or "nothing"} for row in rows]).astype(str)
+    table = table.rename(columns={"sends": "clients send", "citation": "source"})
+    table = table.apply(lambda column: column.str.ljust(column.str.len().max()))
+    click.echo(table.to_string(index=False, justify="left"))
+    click.echo("models: how many run at each prediction; K is the number of clients.")
 
 
 def method_row(method: Method) -> dict[str, Any]:
-    """Return what `fedmitr methods` lists of a record; exchanges is a setting's name where it sets them."""
+    """Return what `fedmitr methods` lists of a record."""
     return {
         "name": method.name,
         "label": method.label,
         "family": method.family,
-        "sends": ["weights", "class histogram"][: method.sends + method.needs_counts],
+        "sends": method.sent_under(Settings()),
         "exchanges": method.exchanges,
         "models": 1 if method.single_model else "K",
         "citation": method.citation,

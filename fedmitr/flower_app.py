@@ -10,13 +10,12 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from shlex import split
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import ValidationError
 
 from .core.errors import BadInput
 from .core.paths import default_store
@@ -25,14 +24,16 @@ from .core.store import Store, check_output, fingerprint, write_tensors
 from .methods import METHODS, Method, Outcome, check_methods, find
 from .settings import Settings, build, parse_assignment
 from .settings.schema import TASKS
-from .upload import ModelShape, SealedCard, Upload
-from .vision.vit import client_vit, create_vit, normalisation, shared_vit, vit_beside
+from .upload import Features, ModelShape, Upload
+from .vision.vit import client_vit, create_vit, normalisation, shared_vit, vit_beside, weights_digest
 
 try:
-    from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+    from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
     from flwr.clientapp import ClientApp
     from flwr.common.constant import ErrorCode
     from flwr.serverapp import Grid, ServerApp
+
+    from .flower_message import pack, unpack
 except ImportError:
     raise BadInput("fedmitr.flower_app needs Flower 1.42: pip install 'fedmitr[flower]'") from None
 
@@ -53,8 +54,10 @@ DEFAULTS = {
 
 def refusal(method: Method) -> str:
     """Return why a method cannot run as a Flower app of one exchange; empty where it can."""
-    if method.given == "clients":
+    if method.given in ("clients", "stages"):
         return "it takes several exchanges"
+    if method.given == "images":
+        return "it needs clients' images"
     if method.given == "central":
         return "it needs all data in one place"
     if not method.is_shipped:
@@ -111,6 +114,16 @@ class Order(NamedTuple):
             vit_beside(vit, name)
         return ModelShape.of(settings.model.name, vit)
 
+    @property
+    def features(self) -> Features | None:
+        """What statistics must be sums of; None where the method needs none. Reads the shared weights."""
+        if not find(self.method).needs_statistics_under(self.settings):
+            return None
+        settings = self.settings
+        return Features(
+            shape=self.shape, weights=weights_digest(settings.model), tokens=settings.statistics.tokens
+        )
+
     def pack(self) -> RecordDict:
         """Write the order as Flower's records."""
         record = {"method": self.method, "settings": self.settings.model_dump_json()}
@@ -123,54 +136,6 @@ class Order(NamedTuple):
         return cls(record["method"], build(json.loads(record["settings"])), tuple(record["classes"]))
 
 
-# --- the message ------------------------------------------------------------------------------------
-
-
-def pack(upload: Upload) -> RecordDict:
-    """Write an upload as Flower's records: weights, and the card with its shape's fields as `shape.NAME`.
-
-    The card carries the SHA-256 of both, `Upload.digest`.
-    """
-    card = upload.card.model_dump(exclude_none=True)
-    shape = {f"shape.{name}": value for name, value in card.pop("shape").items()}
-    if "class_counts" in card:
-        card["class_counts"] = list(card["class_counts"])
-    card |= shape | {"sha256": upload.digest}
-    return RecordDict({"weights": ArrayRecord(upload.weights), "card": ConfigRecord(card)})
-
-
-def unpack(content: RecordDict, node: int, shape_of: Callable[[int], ModelShape]) -> Upload:
-    """Read and check the upload in a message; BadInput, one line, names the client, or else the node.
-
-    shape_of(client): the shape that the client's model must have.
-    """
-    who = f"upload of node {node}"
-    card, weights = content.get("card"), content.get("weights")
-    if len(content) != 2 or not isinstance(card, ConfigRecord) or not isinstance(weights, ArrayRecord):
-        raise BadInput(f"{who}: holds {', '.join(sorted(content)) or 'nothing'}, not a card and weights")
-    if isinstance(card.get("client"), int):
-        who = f"upload of client {card['client']}"
-    tree = {name: value for name, value in card.items() if not name.startswith("shape.")}
-    tree["shape"] = {n.removeprefix("shape."): v for n, v in card.items() if n.startswith("shape.")}
-    try:
-        read = SealedCard.model_validate(tree)
-    except ValidationError as failure:
-        error = failure.errors()[0]
-        raise BadInput(f"{who}: card: {'.'.join(map(str, error['loc']))}: {error['msg']}") from None
-    shape = shape_of(read.client)
-    if read.shape != shape:  # before a model is built that the server does not expect
-        raise BadInput(f"{who}: its model is {read.shape}, allowed is {shape}")
-    try:
-        tensors = {name: torch.from_numpy(array.numpy()).contiguous() for name, array in weights.items()}
-    except Exception as error:  # whatever numpy says about bytes that are no array
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise BadInput(f"{who}: weights are not readable: {reason}") from None
-    upload = Upload(read.client, read.size, read.shape, tensors, read.class_counts).checked()
-    if upload.digest != read.sha256:
-        raise BadInput(f"{who}: its weights and card do not have the checksum that the card states")
-    return upload
-
-
 # --- the client -------------------------------------------------------------------------------------
 
 client_app = ClientApp()
@@ -178,7 +143,7 @@ client_app = ClientApp()
 
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train on the node's own data and reply with one upload, or with an error that tells nothing else."""
+    """Reply with one upload, made from the node's own data, or with an error that tells nothing else."""
     try:
         return Message(
             pack(local_upload(Order.unpack(message.content), context.node_config)), reply_to=message
@@ -193,12 +158,13 @@ def train(message: Message, context: Context) -> Message:
 
 
 def local_upload(order: Order, node: Mapping[str, Any]) -> Upload:
-    """Train this client and return what it sends, with class counts only where the order needs them.
+    """Compute what this client sends: weights, class counts, statistics, each only where the order needs it.
 
     node: `partition-id`, the client's number; `data-dir`, a folder <class>/*.jpg of its own instead of the
     shard that `fedmitr run` would give it; `store`, its folder of artefacts. Raises BadInput where these
     cannot be used, and as `Experiment` does.
     """
+    from .client.statistics import feature_statistics
     from .client.train import train_client
     from .data.photos import own_images
     from .data.tasks import Split
@@ -211,17 +177,20 @@ def local_upload(order: Order, node: Mapping[str, Any]) -> Upload:
             f"partition-id={client!r} of num-partitions={node.get('num-partitions', count)!r}: "
             f"allowed are 0 to {count - 1} of partition.clients={count}"
         )
-    experiment = Experiment(settings, node.get("store"))
-    if folder := node.get("data-dir"):
-        shared, model = shared_vit(settings.model, order.num_classes), settings.model_of(client)
-        shard = Split(
-            *own_images(folder, order.classes, shared.patch_embed.img_size[0], normalisation(shared))
-        )
+    experiment, record = Experiment(settings, node.get("store")), find(order.method)
+    if not (folder := node.get("data-dir")):
+        return experiment.upload_for(record, client)
+    shared, model = shared_vit(settings.model, order.num_classes), settings.model_of(client)
+    shard = Split(*own_images(folder, order.classes, shared.patch_embed.img_size[0], normalisation(shared)))
+    if record.needs_weights:
         vit = shared if model == settings.model else client_vit(shared, model)
         upload = train_client(vit, shard, settings.client, client=client, name=model.name, seed=settings.seed)
+        upload = upload if record.needs_counts_under(settings) else upload.without_counts()
     else:
-        upload = experiment.train(client)
-    return upload if find(order.method).needs_counts_under(settings) else upload.without_counts()
+        upload = Upload(client, len(shard), order.shape, None)
+    if features := order.features:
+        upload = upload.with_statistics(feature_statistics([shared], shard, features.tokens), features)
+    return upload.checked()
 
 
 # --- the server -------------------------------------------------------------------------------------
@@ -293,7 +262,8 @@ def accept(replies: Mapping[int, Message], order: Order, shape: ModelShape) -> l
     send for one client, neither can be told to be the true one, so both are left out.
     """
     uploads, clients = [], order.settings.partition.clients
-    counted = find(order.method).needs_counts_under(order.settings)
+    method, features = find(order.method), order.features
+    counted = method.needs_counts_under(order.settings)
 
     def shape_of(client: int) -> ModelShape:
         return shape.model_copy(update={"name": order.settings.model_of(client).name})
@@ -303,11 +273,16 @@ def accept(replies: Mapping[int, Message], order: Order, shape: ModelShape) -> l
             say(f"node {node}: {next(iter((reply.error.reason or 'failed').splitlines()), 'failed')}")
             continue
         try:
-            upload = unpack(reply.content, node, shape_of)
+            upload = unpack(reply.content, node, shape_of, features)
             if upload.client >= clients:
                 raise BadInput(f"upload of client {upload.client}: allowed are 0 to {clients - 1}")
             if counted and upload.class_counts is None:
                 raise BadInput(f"upload of client {upload.client}: class_counts is missing")
+            if method.needs_weights and upload.weights is None:
+                raise BadInput(f"upload of client {upload.client}: weights are missing")
+            if features and upload.statistics is None:
+                raise BadInput(f"upload of client {upload.client}: statistics are missing")
+            upload = upload if features else upload.without_statistics()
             uploads.append(upload if counted else upload.without_counts())
         except BadInput as error:
             say(f"rejected: {error}")

@@ -26,7 +26,7 @@ ORDER = [
     {"evaluation"},
     {"experiments"},
     {"figures"},
-    {"cli", "flower_app"},
+    {"cli", "flower_app", "flower_message"},
     {"__init__"},
 ]
 RANK = {folder: rank for rank, folders in enumerate(ORDER) for folder in folders}
@@ -173,7 +173,7 @@ def test_only_the_client_of_the_flower_app_can_see_data():
 def test_the_walk_sees_what_a_run_imports():
     assert reachable(PACKAGE, "experiments.run") >= {
         *("data.tasks", "data.partition", "client.train", "client.fusefl"),
-        *("server.ensemble", "vision.vit", "upload"),
+        *("server.ensemble", "vision.vit", "upload.message"),
     }
 
 

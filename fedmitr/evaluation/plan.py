@@ -23,6 +23,7 @@ from ..server.distill import FIT_VIEWS
 from ..server.inversion import remaining
 from ..settings import Settings
 from ..settings.schema import InversionSettings, TaskSettings
+from ..vision.features import feature_width
 from ..vision.tokens import MODELS_AT_ONCE
 from ..vision.vit import create_vit, vit_beside
 from .flops import Pass, one_pass
@@ -100,7 +101,7 @@ def _server_stages(work: Work, settings: Settings, student: ModelCosts, team: Te
         stages += [_inversion(work, student, team)]
     if work.generator_steps:
         stages += [_generation(work, student, team)]
-    if work.student_steps:
+    if work.student_steps or work.calibrate:
         stages += _distillation(work, settings, student, team)
     return stages
 
@@ -143,28 +144,44 @@ def training_images(task: TaskSettings) -> int:
 
 
 def _clients(method: Method, settings: Settings, student: ModelCosts, team: Team) -> Stage:
-    """Plan local training and the messages.
+    """Plan what clients compute, local training or sums of features or both, and the messages.
 
-    For `central` one client holds all images and sends nothing. For a method of several exchanges (FuseFL)
-    every client downloads all clients' blocks, and runs those of the stages before on its images.
+    For `central` one client holds all images and sends nothing. For a method that trains stage by stage
+    (FuseFL) every client downloads all clients' blocks, and runs those of the stages before on its images.
+    For one that asks for statistics after the uploads, every client is sent the models of all, or their
+    average, and sends the sums of their features.
     """
     own, count, images = settings.client, len(team), training_images(settings.task)
     alone = method.given == "central"
-    trained = [student] if alone else team
-    flops = own.epochs * images * sum(c.grad_weights.flops for c in trained) / len(trained)
-    sent = 2 * sum(c.model_bytes for c in team) if method.sends else 0
-    if method.given == "clients":
+    trained, flops, memory = [student] if alone else team, 0.0, 0.0
+    sent = sum(c.model_bytes for c in team)  # down
+    if method.needs_weights:
+        flops = own.epochs * images * sum(c.grad_weights.flops for c in trained) / len(trained)
+        memory = max(ADAM * c.model_bytes + own.batch_size * c.grad_weights.kept for c in trained)
+        sent *= 2
+    if method.given == "stages":
         stages = method.exchanges_under(settings)
         # training stage s of S runs s / S of every client's blocks, s = 0 … S − 1: (S − 1) / 2S on average
         flops += own.epochs * images * count * student.forward.flops * (stages - 1) / (2 * stages)
         sent = (count + count * count) * student.model_bytes
+    if method.needs_statistics_under(settings) or method.given == "clients":
+        models = [student] if method.single_model or method.given != "clients" else list(team)
+        width = sum(feature_width(c.vit, settings.statistics.tokens) for c in models)
+        flops += images * (sum(c.forward.flops for c in models) + 2 * width * width)
+        # float64: the models, and sums and Gram matrix as they are held
+        memory = max(
+            memory, 2 * sum(c.model_bytes for c in models) + 2 * FLOAT * width * (width + student.classes)
+        )
+        sent += count * 2 * FLOAT * (width * (width + 1) // 2 + (width + 1) * student.classes)
+        sent += count * sum(c.model_bytes for c in models) if method.given == "clients" else 0
     who = "one client" if alone else f"{count} clients"
+    passes = f", {own.epochs} epochs" if method.needs_weights else ", one pass"
     return Stage(
         "central" if alone else "clients",
-        f"{who}, {images:,} images in all, {own.epochs} epochs",
+        f"{who}, {images:,} images in all{passes}",
         flops,
-        max(ADAM * c.model_bytes + own.batch_size * c.grad_weights.kept for c in trained),
-        sent,
+        memory,
+        sent if method.sends else 0,
     )
 
 
@@ -231,26 +248,25 @@ def _distillation(work: Work, settings: Settings, student: ModelCosts, team: Tea
     """Plan the ensemble's labels, for every stored view or for every step, and the student's steps."""
     own, count = settings.distill, work.images
     steps = work.student_steps * own.batch_size
-    views = count * own.views if own.views else steps
+    views = (count * own.views if own.views else steps) if steps else 0
     fit = count * FIT_VIEWS * bool(work.calibrate)
     stored = count * own.views * (student.image_bytes + FLOAT * student.classes * (1 + student.patches))
     labelling = min(len(team), own.per_class * student.classes) if own.per_class else len(team)
     teachers = sum(c.model_bytes for c in team)
     training = ADAM * student.model_bytes + own.batch_size * student.grad_weights.kept
-    return [
+    stages = [
         Stage(
             "labels",
             f"{views:,} views" + (f", {fit:,} for calibration" if fit else "") + f", by {labelling} clients",
             (views + fit) * sum(c.forward.flops for c in team) * labelling / len(team),
             teachers + stored,
-        ),
-        Stage(
-            "student",
-            f"{work.student_steps:,} steps on {own.batch_size} images",
-            steps * student.grad_weights.flops,
-            teachers + stored + training,
-        ),
+        )
     ]
+    if steps:
+        what = f"{work.student_steps:,} steps on {own.batch_size} images"
+        flops = steps * student.grad_weights.flops
+        stages.append(Stage("student", what, flops, teachers + stored + training))
+    return stages
 
 
 def plan_table(stages: list[Stage]) -> pd.DataFrame:

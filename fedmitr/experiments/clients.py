@@ -251,6 +251,18 @@ class Clients:
             sums = self.statistics
         return [u.with_statistics(s, self.features).checked() for u, s in zip(found, sums, strict=True)]
 
+    def upload_for(self, method: Method, client: int) -> Upload:
+        """Return what one client sends for a method; no other client is trained."""
+        if method.needs_weights:
+            upload = self.train(client)
+            upload = upload if method.needs_counts_under(self.settings) else upload.without_counts()
+        else:
+            upload = self._bare_upload(client, self.shards[client])
+        if method.needs_statistics_under(self.settings):
+            sums = self._sum_features(self.statistics_key(client), self.shards[client])
+            upload = upload.with_statistics(sums, self.features)
+        return upload.checked()
+
     def _bare_upload(self, client: int, rows: Tensor) -> Upload:
         """Return an upload without weights, to which statistics are added."""
         return Upload(client, len(rows), self.features.shape, None)

@@ -181,6 +181,15 @@ class Method:
         needs = self.needs_statistics
         return bool(dotted(settings, needs)) if isinstance(needs, str) else needs
 
+    def sent_under(self, settings: Settings) -> list[str]:
+        """List what clients send under these settings: weights, class histogram, statistics."""
+        parts = {
+            "weights": self.needs_weights,
+            "class histogram": self.needs_counts_under(settings),
+            "statistics": self.needs_statistics_under(settings) or self.given == "clients",
+        }
+        return [name for name, needed in parts.items() if needed and self.sends]
+
 
 def dotted(settings: Settings, name: str) -> Any:
     """Return the value of a dotted setting."""

@@ -1,6 +1,7 @@
 """The ensemble with class offsets, fitted without data to synthetic images: a reference of K models."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..core.progress import timed
 from ..core.store import Store
@@ -40,6 +41,8 @@ METHOD = Method(
     settings=CalibratedEnsembleSettings,
     search={"calibrated_ensemble.penalty": (0.005, 0.02, 0.1)},
     adapt=with_additions,
-    work=lambda settings: fedmitr_work(settings.changed({"distill.steps": 1})),
+    work=lambda settings: replace(
+        fedmitr_work(settings), student_steps=0, calibrate=settings.calibrated_ensemble.penalty
+    ),
     single_model=False,
 )

@@ -3,13 +3,13 @@
 - Owners: each image is inverted from one client that holds its class, and not from the ensemble, most of
   whose members never saw that class.
 - Class weights: a client counts for a class as much as it holds of it.
-- Affine views: images are scaled, turned and shifted while they are optimised, as later in training.
-- Offsets: one number for each class is added to the teacher's log-probabilities, fitted to the images' labels.
+- Affine views: images are scaled, turned and shifted as they are optimised, and not shifted alone.
+- Offsets: one number a class is added to the teacher's log-probabilities, fitted to the images' labels.
 - Textures: what surrounds the surviving patches is new in each view.
 - Label cross-entropy: the label that an image was made for enters the student's loss.
 - Half-soft survivors: a surviving patch's label is half the image's label and half the ensemble's own.
-- Statistics: clients also send sums of features of the shared model. The teacher becomes log A(x) + β·r(x), r the
-  scores of ridge regression, which are those of all images in one place (ridge.py). They say how clients
+- Statistics: clients also send sums of features of the shared model. The teacher becomes log A(x) + β·r(x);
+  r, the scores of ridge regression, are those of all images in one place (ridge.py). They say how clients
   compare, which no fit without data could.
 """
 
@@ -21,8 +21,6 @@ from ..settings.schema import NotNegative, Share, setting
 from ..upload import Upload
 from ._method import Method, Outcome, Range
 from .fedmitr import SEARCH, fedmitr, fedmitr_work
-
-ONLY_PLUS = "ours"
 
 
 class FedmitrPlusSettings(SettingsBlock):

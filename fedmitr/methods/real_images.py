@@ -1,6 +1,6 @@
 """Clients' own images in place of FedMITR+'s: a bound, since no server has them.
 
-The teacher is FedMITR+'s, and so are the number of images, the student and its steps; labels of the images are
+The teacher is FedMITR+'s, and so are the number of images, the student and its steps. The images' labels are
 not used. What is between this and FedMITR+ is what better synthetic images could win.
 """
 

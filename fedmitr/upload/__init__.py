@@ -1,7 +1,7 @@
 """The one message that crosses from a client to the server: what it may hold, and the checks on arrival."""
 
 from .arrays import check_arrays, compare_arrays, wire_bytes
-from .card import Card, Features, ModelShape, SealedCard
+from .card import Card, Features, ModelShape, SealedCard, check_card
 from .message import (
     CARD,
     CARD_BYTES,
@@ -12,7 +12,7 @@ from .message import (
     check_same_shape,
     check_weights,
 )
-from .statistics import Statistics, add_up
+from .statistics import Statistics, add_up, expected_arrays
 
 __all__ = [
     "CARD",
@@ -27,9 +27,11 @@ __all__ = [
     "Upload",
     "add_up",
     "check_arrays",
+    "check_card",
     "check_same_images",
     "check_same_shape",
     "check_weights",
     "compare_arrays",
+    "expected_arrays",
     "wire_bytes",
 ]

@@ -266,6 +266,8 @@ def accept(replies: Mapping[int, Message], order: Order, shape: ModelShape) -> l
     counted = method.needs_counts_under(order.settings)
 
     def shape_of(client: int) -> ModelShape:
+        if not method.needs_weights:  # statistics are those of the shared model
+            return shape
         return shape.model_copy(update={"name": order.settings.model_of(client).name})
 
     for node, reply in sorted(replies.items()):

@@ -1,7 +1,6 @@
 """Co-Boosting: the ensemble's weights, hard samples and perturbed views, against closed forms."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,8 +22,10 @@ from fedmitr.methods.co_boosting import (
     hard_loss,
     perturb,
     reweigh,
+    shares,
     weight_step,
 )
+from fedmitr.server.ensemble import combine
 from fedmitr.settings.schema import EnsembleSettings
 
 
@@ -45,7 +46,7 @@ def test_a_weight_goes_to_where_the_ensembles_loss_is_less(columns):
     logits, labels = randn(3, 8, 4), torch.randint(4, (8,), generator=rng)
 
     def loss(w):
-        return F.cross_entropy((w[:, None] * logits).sum(0), labels).item()
+        return F.cross_entropy((w[:, None] * logits).sum(0) / w.sum(0), labels).item()
 
     found = weight_step(weights, logits, labels, 0.1)
     for k in range(3):
@@ -56,14 +57,31 @@ def test_a_weight_goes_to_where_the_ensembles_loss_is_less(columns):
             assert found[k, c].item() == pytest.approx(weights[k, c].item() + (-0.1 if rises else 0.1))
 
 
+def test_the_ensemble_is_the_weighted_sum_of_logits_over_the_sum_of_weights_by_hand():
+    logits = torch.tensor([[[4.0, 0.0]], [[0.0, 2.0]], [[1.0, 1.0]]])  # three clients, one image, two classes
+    found = combine(logits, shares(torch.tensor([[0.5], [0.25], [0.0]])), "mean_logits")
+    torch.testing.assert_close(found, torch.tensor([[8 / 3, 2 / 3]]).log_softmax(-1))
+    by_class = shares(torch.tensor([[0.5, 0.0], [0.25, 0.1], [0.25, 0.1]]))  # each class's by itself
+    torch.testing.assert_close(
+        combine(logits, by_class, "mean_logits"), torch.tensor([[2.25, 1.5]]).log_softmax(-1)
+    )
+
+
+def test_weights_that_are_all_zero_leave_a_finite_ensemble_that_knows_nothing():
+    logits, weights = randn(3, 5, 4), torch.zeros(3, 1).double()
+    found = combine(logits, shares(weights), "mean_logits")
+    torch.testing.assert_close(found, torch.full((5, 4), -math.log(4)).double())
+    assert torch.isfinite(weight_step(weights, logits, torch.arange(5) % 4, 0.01)).all()
+
+
 def test_a_client_that_is_right_gains_all_the_weight_and_one_that_is_wrong_none():
     labels = torch.tensor([0, 1, 2, 0])
     logits = torch.stack([3 * F.one_hot(labels, 3), 3 * F.one_hot((labels + 1) % 3, 3)]).double()
     weights, losses = torch.full((2, 1), 0.5).double(), []
     for _ in range(30):
-        losses.append(F.cross_entropy((weights[:, None] * logits).sum(0), labels).item())
+        losses.append(F.nll_loss(combine(logits, shares(weights), "mean_logits"), labels).item())
         weights = weight_step(weights, logits, labels, 0.02)
-    assert weights.flatten().tolist() == [1, 0]
+    assert weights.flatten().tolist() == pytest.approx([1, 0])
     assert losses == sorted(losses, reverse=True)
     assert losses[0] == pytest.approx(math.log(2 + math.exp(-1.5)))
     assert losses[-1] == pytest.approx(math.log(1 + 2 * math.exp(-3)))
@@ -72,29 +90,58 @@ def test_a_client_that_is_right_gains_all_the_weight_and_one_that_is_wrong_none(
 def test_the_pool_reweighs_once_a_batch():
     labels = torch.arange(10) % 3
     right, wrong = 3.0 * F.one_hot(labels, 3), 3.0 * F.one_hot((labels + 1) % 3, 3)
-    student = SimpleNamespace(pool=lambda: (None, labels, torch.stack([right, wrong], dim=1)))
-    found = reweigh(torch.full((2, 1), 0.5), student, 0.02, 4, make_rng(0))
+    pool = None, labels, torch.stack([right, wrong], dim=1)
+    found = reweigh(torch.full((2, 1), 0.5), pool, 0.02, 4, make_rng(0))
     torch.testing.assert_close(found, torch.tensor([[0.56], [0.44]]))  # batches of 4, 4 and 2
+    assert torch.equal(reweigh(torch.full((2, 1), 0.5), pool, 0.0, 4, make_rng(0)), torch.full((2, 1), 0.5))
 
 
-def test_the_weight_step_decays_and_the_student_learns_from_the_new_weights(clients, tmp_path, monkeypatch):
-    rates, shares = [], []
+@pytest.mark.parametrize("mode", ["mean_logits", "class"])
+def test_the_weight_step_decays_and_the_student_learns_from_the_new_weights(
+    mode, clients, tmp_path, monkeypatch
+):
+    rates, before = [], []
 
-    def reweigh(weights, student, rate, batch_size, rng):
+    def reweigh(weights, pool, rate, batch_size, rng):
         rates.append(rate)
-        return torch.full_like(weights, 0.1 * len(rates))
+        before.append(weights.clone())
+        return 0.1 * torch.arange(1.0, 4)[:, None].expand_as(weights) * len(rates)
 
     def learn(self, steps, teacher, progress):
         logits = randn(3, 2, 10)
-        total = 0.1 * len(rates) * logits.sum(0)
+        total = (logits[0] + 2 * logits[1] + 3 * logits[2]) / 6  # whatever the weights' sum
         torch.testing.assert_close(teacher(logits, None), total.log_softmax(-1), rtol=1e-5, atol=1e-6)
-        shares.append(steps)
 
     monkeypatch.setattr(module_of("co_boosting"), "reweigh", reweigh)
     monkeypatch.setattr(Student, "learn", learn)
     options = dict(rounds=3, weight_step=0.2, weight_decay=0.5)
-    METHODS["co_boosting"](clients, small(own("co_boosting", **options)), Store(tmp_path))
-    assert rates == pytest.approx([0.2, 0.1, 0.05]) and shares == [1, 1, 1]
+    settings = small(own("co_boosting", **options) | {"ensemble.mode": mode})
+    METHODS["co_boosting"](clients, settings, Store(tmp_path))
+    assert rates == pytest.approx([0.2, 0.1, 0.05])
+    first = fm.Ensemble(clients, EnsembleSettings(mode=mode)).weights
+    torch.testing.assert_close(before[0], first)  # the run's ensemble
+    torch.testing.assert_close(before[2][:, 0], torch.tensor([0.2, 0.4, 0.6]))  # not divided by their sum
+
+
+def test_the_ensemble_is_reweighed_on_the_images_as_made_and_the_student_learns_moved_ones(
+    clients, tmp_path, monkeypatch
+):
+    seen, pools = [], []
+
+    def reweigh(weights, pool, rate, batch_size, rng):
+        seen.append(pool)
+        return weights
+
+    monkeypatch.setattr(module_of("co_boosting"), "reweigh", reweigh)
+    monkeypatch.setattr(
+        Student, "learn", lambda self, *_: pools.append((self.images.pixels, self.images.labels))
+    )
+    METHODS["co_boosting"](clients[:2], small(own("co_boosting", rounds=2)), Store(tmp_path))
+    assert [len(views) for views, _, _ in seen] == [3, 6]
+    for (views, labels, logits), (pixels, wanted) in zip(seen, pools, strict=True):
+        order = [int((view == pixels).flatten(1).all(1).nonzero()) for view in views]
+        assert sorted(order) == [*range(len(pixels))] and torch.equal(labels, wanted[order])
+        torch.testing.assert_close(logits[:, 0], clients[0].vit()(views), rtol=1e-4, atol=1e-4)
 
 
 def test_without_hardness_the_hard_loss_is_cross_entropy():

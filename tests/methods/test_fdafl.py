@@ -19,11 +19,12 @@ from fedmitr.settings.schema import EnsembleSettings
 MODES = ("mean_probs", "mean_logits", "size", "class")
 
 
-def test_fdafls_generator_loss_by_hand():
+@pytest.mark.parametrize("one_hot", [1.0, 0.05])
+def test_fdafls_generator_loss_by_hand(one_hot):
     p, features = torch.tensor([[0.8, 0.2], [0.3, 0.7]]), torch.tensor([[[1.0, -3.0]], [[0.0, 4.0]]])
-    found = generator_loss(p.log(), features, FdaflSettings(activation=0.1, entropy=5.0))
+    found = generator_loss(p.log(), features, FdaflSettings(one_hot=one_hot, activation=0.1, entropy=5.0))
     entropy = -(0.55 * math.log(0.55) + 0.45 * math.log(0.45))
-    wanted = -(math.log(0.8) + math.log(0.7)) / 2 - 0.1 * (1 + 3 + 0 + 4) / 4 - 5 * entropy
+    wanted = -one_hot * (math.log(0.8) + math.log(0.7)) / 2 - 0.1 * (1 + 3 + 0 + 4) / 4 - 5 * entropy
     assert found.item() == pytest.approx(wanted, rel=1e-5)
 
 

@@ -16,15 +16,18 @@ import fedmitr as fm
 from fedmitr.core.rng import make_rng
 from fedmitr.core.store import Store
 from fedmitr.methods import METHODS
+from fedmitr.methods._generator import Generator
 from fedmitr.methods._student import Student
 from fedmitr.methods.fedftg import (
     FedftgSettings,
     class_ensemble,
+    client_logits,
     generator_loss,
     likeness,
     sample_labels,
 )
 from fedmitr.server.ensemble import class_weights
+from fedmitr.settings.schema import EnsembleSettings
 
 fedftg = METHODS["fedftg"]
 
@@ -47,32 +50,48 @@ def test_fedftgs_teacher_of_an_image_made_for_y_by_hand():
 
 
 def test_learning_that_teacher_is_coming_near_every_client_by_its_weight():
-    """KL(Σ α p ‖ q) and the paper's Σ α KL(p ‖ q) differ by what does not depend on the student."""
+    """KL(Σ α p ‖ q), the code's, and the paper's Σ α KL(p ‖ q) differ by what the student cannot change."""
     logits, labels = randn(3, 5, 4), torch.tensor([0, 3, 1, 1, 2])
     known = class_weights(uploads_with((3, 0, 1, 2), (1, 4, 0, 0), (0, 4, 9, 2))).double()
     student = randn(5, 4, seed=1).requires_grad_(True)
     ours = F.kl_div(
         student.log_softmax(-1), class_ensemble(logits, labels, known), reduction="batchmean", log_target=True
     )
-    theirs = -generator_loss(logits, student, labels, known, FedftgSettings(classification=0))
+    p, log_q = logits.softmax(-1), student.log_softmax(-1)
+    theirs = (known[:, labels] * (p * (p.log() - log_q)).sum(-1)).sum(0).mean()
     gradients = [torch.autograd.grad(loss, student)[0] for loss in (ours, theirs)]
     torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.7])
-def test_fedftgs_generator_loss_against_a_loop_over_clients_and_samples(weight):
-    counts, labels = [(3, 0, 1, 2), (1, 4, 0, 0), (0, 4, 9, 2)], [0, 3, 1, 1, 2]
-    logits, student_logits = randn(3, 5, 4), randn(5, 4, seed=1)
-    p, q = softmax(logits.numpy(), axis=-1), softmax(student_logits.numpy(), axis=-1)
-    apart = wrong = 0.0
-    for b, y in enumerate(labels):
-        for k in range(3):
-            share = counts[k][y] / sum(c[y] for c in counts)
-            apart += share * sum(p[k, b, c] * math.log(p[k, b, c] / q[b, c]) for c in range(4)) / 5
-            wrong -= share * math.log(p[k, b, y]) / 5
-    settings, known = FedftgSettings(classification=weight), class_weights(uploads_with(*counts)).double()
-    found = generator_loss(logits, student_logits, torch.tensor(labels), known, settings)
-    assert found.item() == pytest.approx(weight * wrong - apart)
+def test_fedftgs_generator_loss_against_a_loop_over_samples(weight):
+    labels, weights = [0, 3, 1, 1, 2], [0.75, 0.0, 0.5, 0.5, 1.0]
+    logits, student_logits = randn(5, 4), randn(5, 4, seed=1)
+    p = softmax(logits.numpy(), axis=-1)
+    apart = sum(
+        w * sum(abs(student_logits[b, c].item() - logits[b, c].item()) for c in range(4)) / 4
+        for b, w in enumerate(weights)
+    )
+    wrong = sum(-math.log(p[b, y]) for b, y in enumerate(labels))
+    found = generator_loss(
+        logits,
+        student_logits,
+        torch.tensor(labels),
+        torch.tensor(weights),
+        FedftgSettings(classification=weight),
+    )
+    assert found.item() == pytest.approx(weight * (2.75 / 5) * wrong / 5 - apart / 5)
+
+
+def test_the_discrepancy_moves_images_through_the_student_alone():
+    logits, student_logits = randn(5, 4).requires_grad_(), randn(5, 4, seed=1).requires_grad_()
+    weights = torch.tensor([0.75, 0.0, 0.5, 0.5, 1.0])
+    generator_loss(
+        logits, student_logits, torch.arange(5) % 4, weights, FedftgSettings(classification=0)
+    ).backward()
+    assert not logits.grad.any()  # the cross-entropy's, which weighs nothing here
+    away = -weights[:, None] * (student_logits - logits).detach().sign() / 20  # less loss further away
+    torch.testing.assert_close(student_logits.grad, away)
 
 
 def test_likeness_against_loops():
@@ -103,12 +122,63 @@ def test_labels_are_drawn_in_proportion_to_what_all_hold():
     assert (share - torch.tensor([0.6, 0, 0.1, 0.3])).abs().max() < 0.03
 
 
+def test_a_pass_is_one_step_of_the_generator_for_each_client_in_turn(clients, tmp_path, monkeypatch):
+    """On the same noise and labels, with that client's logits of the images and its weights of the labels."""
+    seen, steps, known = [], [], class_weights(clients)
+    real_loss, real_logits = generator_loss, client_logits
+
+    def loss_of(logits, student_logits, labels, weights, settings):
+        seen.append((labels, weights))
+        return real_loss(logits, student_logits, labels, weights, settings)
+
+    def logits_of(ensemble, client, images):
+        found = real_logits(ensemble, client, images)
+        torch.testing.assert_close(found, clients[client].vit()(images), rtol=1e-4, atol=1e-4)
+        return found
+
+    adam = torch.optim.Adam.step
+    monkeypatch.setattr(module_of("fedftg"), "generator_loss", loss_of)
+    monkeypatch.setattr(module_of("fedftg"), "client_logits", logits_of)
+    monkeypatch.setattr(
+        torch.optim.Adam, "step", lambda self, *a: (steps.append(type(self)), adam(self, *a))[1]
+    )
+    fedftg(clients, small(own("fedftg", rounds=2, generator_steps=3)), Store(tmp_path))
+    assert len(seen) == 2 * 3 * 3 and steps.count(torch.optim.Adam) == 18  # not the student's
+    for index, (labels, weights) in enumerate(seen):
+        assert torch.equal(labels, seen[index - index % 3][0])
+        torch.testing.assert_close(weights, known[index % 3, labels])
+
+
+def test_the_generator_learns_in_training_mode_and_makes_the_pool_in_evaluation_mode(
+    clients, tmp_path, monkeypatch
+):
+    modes, forward = [], Generator.forward
+
+    def record(self, z, labels):
+        modes.append((len(z), self.training, torch.is_grad_enabled()))
+        return forward(self, z, labels)
+
+    monkeypatch.setattr(Generator, "forward", record)
+    options = dict(rounds=2, generator_steps=1, batch_size=5)
+    fedftg(clients[:2], small(own("fedftg", **options), images=6, steps=1), Store(tmp_path))
+    assert modes == [(5, True, True), (5, True, True), (3, False, False)] * 2
+
+
 def test_fedftgs_generator_drives_student_and_clients_apart(clients, tmp_path, recorded):
     losses = recorded(module_of("fedftg"), "generator_loss")
     options = dict(rounds=1, generator_steps=14, lr=1e-2, width=8, classification=0, diversity=0)
     fedftg(clients, small(own("fedftg", **options)), Store(tmp_path))
-    apart = -torch.stack(losses).detach()  # what is left is the discrepancy
-    assert len(apart) == 14 and (apart > 0).all() and apart[-4:].mean() > 1.1 * apart[:4].mean()
+    apart = -torch.stack(losses).detach().view(14, 3).sum(1)  # what is left is the discrepancy
+    assert (apart > 0).all() and apart[-4:].mean() > 1.1 * apart[:4].mean()
+
+
+def test_after_eighty_steps_the_clients_name_images_as_wanted(clients, tmp_path):
+    options = dict(rounds=1, generator_steps=40, width=8, batch_size=10, diversity=0)
+    settings = small(own("fedftg", **options), images=60, steps=1)
+    made = fedftg(clients[:2], settings, Store(tmp_path)).synthetic
+    with torch.no_grad():
+        named = fm.Ensemble(clients[:2], EnsembleSettings(mode="class"))(made.pixels).argmax(1)
+    assert (named == made.labels).float().mean() > 0.8
 
 
 def test_fedftgs_diversity_loss_makes_images_differ(clients, tmp_path, monkeypatch, recorded):

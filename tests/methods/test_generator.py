@@ -52,21 +52,67 @@ def vit_of(side, channels, patch):
     return vit
 
 
-@pytest.mark.parametrize("conditional", [False, True])
+@pytest.mark.parametrize("form, conditional", [("dense", False), ("dafl", False), ("dafl", True)])
 @pytest.mark.parametrize(
     "side, channels, patch",
     [(24, 1, 4), (32, 3, 4), (8, 1, 4), (4, 1, 4), (36, 1, 4), (25, 2, 5), ((24, 32), 3, 4), ((8, 20), 1, 4)],
     ids=str,
 )
-def test_generated_images_fit_the_model_and_are_of_possible_brightness(side, channels, patch, conditional):
+def test_generated_images_fit_the_model(side, channels, patch, form, conditional):
     vit = vit_of(side, channels, patch)
-    generator = Generator(vit, GeneratorSettings(**NARROW), make_rng(0), conditional)
+    generator = Generator(vit, GeneratorSettings(**NARROW), make_rng(0), form, conditional)
     images = generator(20 * randn(3, 5).float(), torch.tensor([0, 9, 4]) if conditional else None)
     assert images.shape == (3, channels, *(side if isinstance(side, tuple) else (side, side)))
-    mean, std = (torch.tensor(vit.pretrained_cfg[k]).view(-1, 1, 1) for k in ("mean", "std"))
-    brightness = images * std + mean
-    assert -1e-6 < brightness.min() < 0.4 and 0.6 < brightness.max() < 1 + 1e-6
     assert vit(images).shape == (3, 10)
+    if form == "dense":  # brightness, normalised as for the model
+        mean, std = (torch.tensor(vit.pretrained_cfg[k]).view(-1, 1, 1) for k in ("mean", "std"))
+        brightness = images * std + mean
+        assert brightness.min() > -1e-6 and brightness.max() < 1 + 1e-6
+    else:  # standardised, channel by channel
+        pixels = images.transpose(0, 1).flatten(1)
+        torch.testing.assert_close(pixels.mean(1), torch.zeros(channels), atol=1e-5, rtol=0)
+        torch.testing.assert_close(pixels.std(1, correction=0), torch.ones(channels), atol=0.1, rtol=0)
+
+
+def layers_of(form):
+    vit = vit_of(32, 3, 4)
+    generator = Generator(vit, GeneratorSettings(width=16, latent=50), make_rng(0), form)
+    return [m for m in generator.modules() if getattr(m, "weight", None) is not None]
+
+
+def test_weights_start_as_in_the_code_of_dense_and_co_boosting():
+    """Those of linear layers and convolutions from N(0, 0.02²), scales from N(1, 0.02²), biases zero."""
+    layers = layers_of("dense")
+    assert {type(m).__name__ for m in layers} == {"Linear", "Conv2d", "BatchNorm2d"}
+    for layer in layers:
+        centre = 1.0 if isinstance(layer, torch.nn.BatchNorm2d) else 0.0
+        count = layer.weight.numel()
+        assert layer.weight.mean().item() == pytest.approx(centre, abs=4 * 0.02 / count**0.5)
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=4 / (2 * count) ** 0.5)
+        assert layer.bias is None or not layer.bias.any()
+
+
+def test_weights_start_as_in_the_code_of_dafl_and_fedftg():
+    """Torch's defaults: uniform below 1/√inputs; scales are 1."""
+    for layer in layers_of("dafl"):
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            assert (layer.weight == 1).all()
+        else:
+            bound = layer.weight[0].numel() ** -0.5
+            assert 0.95 * bound < layer.weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_noise_and_label_count_alike_in_a_conditional_generator(micro, seed):
+    """Each has half of the coarse map's channels, so that after batch normalisation both vary as much."""
+    generator = Generator(micro, GeneratorSettings(width=8), make_rng(seed), "dafl", conditional=True)
+    coarse = []
+    generator.body[0].register_forward_hook(lambda layer, given, made: coarse.append(made))
+    z, labels = randn(200, 100, seed=seed).float(), torch.arange(200) % 10
+    generator(z, labels), generator(z.flip(0), labels)
+    same_label, other_noise = (coarse[0] - coarse[1]).square().mean((0, 2, 3)).split(8)[::-1]
+    assert same_label.max() < 1e-6 and (other_noise - 2).abs().max() < 0.5  # twice the variance, which is 1
+    torch.testing.assert_close(coarse[0].var((0, 2, 3)), torch.ones(16), atol=0.05, rtol=0)
 
 
 def test_a_seed_fixes_the_generator_and_torchs_own_random_state_is_left_alone(micro):
@@ -80,7 +126,7 @@ def test_a_seed_fixes_the_generator_and_torchs_own_random_state_is_left_alone(mi
 
 
 def test_a_conditional_generator_makes_other_images_for_another_class(micro):
-    generator = Generator(micro, GeneratorSettings(**NARROW), make_rng(0), conditional=True).eval()
+    generator = Generator(micro, GeneratorSettings(**NARROW), make_rng(0), "dafl", conditional=True).eval()
     z = randn(1, 5).float().expand(2, -1)
     assert torch.allclose(*generator(z, torch.tensor([3, 3])), atol=1e-5)
     assert not torch.allclose(*generator(z, torch.tensor([3, 4])), atol=1e-3)
@@ -145,16 +191,19 @@ def test_rounds_share_images_and_steps(method, clients, tmp_path, monkeypatch):
     )
     METHODS[method](clients[:2], small(own(method, rounds=3), 7, 5), Store(tmp_path))
     METHODS[method](clients[:2], small(own(method, rounds=3), 2, 5), Store(tmp_path))
-    assert rounds == [(2, 1), (4, 2), (7, 2), (1, 2), (2, 3)]  # two images: two rounds
+    # 2, 4 and 7 images, then all 7 again: 2/20, 4/20 and 14/20 of the steps; two images: two rounds
+    assert rounds == [(2, 0), (4, 1), (7, 4), (1, 1), (2, 4)]
 
 
 @pytest.mark.parametrize("method", GENERATORS)
 def test_the_generators_loss_falls(method, clients, tmp_path, recorded):
     losses = recorded(module_of(method), "generator_loss")
-    options = dict(rounds=1, generator_steps=14, lr=1e-2, width=8)
+    options = dict(rounds=1, generator_steps=20, lr=1e-2, width=8)
+    if method == "fdafl":  # a batch's class entropy is at its most from the start
+        options |= dict(entropy=0.0, batch_size=16)
     METHODS[method](clients[:2], small(own(method, **options), steps=1), Store(tmp_path))
-    values = torch.stack(losses).detach()
-    assert len(values) == 14 and values[-4:].mean() < values[:4].mean() - 0.05
+    values = torch.stack(losses).detach().view(20, -1).mean(1)  # FedFTG: one for each client
+    assert values[-5:].mean() < values[:5].mean() - 0.05
 
 
 @pytest.mark.parametrize("method", ["dense", "co_boosting"])

@@ -12,12 +12,14 @@ from tiny_runs import DISTILLED, copy_of, loop_of, own, small, unchanged
 
 import fedmitr as fm
 import fedmitr.methods._student as module
+from fedmitr.core.optimizers import rate_factor
 from fedmitr.core.rng import make_rng
 from fedmitr.core.store import Store
-from fedmitr.methods import METHODS
-from fedmitr.methods._student import Student, portions
+from fedmitr.methods import METHODS, Range
+from fedmitr.methods._student import Student, portions, steps_of_rounds, student_start
 from fedmitr.methods.dense import DenseSettings, generator_loss
 from fedmitr.methods.fedavg import average_weights
+from fedmitr.server.views import epochs
 from fedmitr.settings import Settings
 from fedmitr.settings.schema import DistillSettings
 
@@ -28,6 +30,40 @@ CLOSE = dict(rtol=1e-4, atol=1e-4)
 def test_portions_are_whole_sum_up_and_differ_by_at_most_one(total, parts):
     found = portions(total, parts)
     assert len(found) == parts and sum(found) == total and max(found) - min(found) <= 1
+
+
+@given(steps=st.integers(1, 500), counts=st.lists(st.integers(1, 30), min_size=1, max_size=12))
+def test_a_rounds_steps_go_equally_often_over_its_pool_and_the_last_ones_twice(steps, counts):
+    found = steps_of_rounds(steps, counts)
+    sizes = [sum(counts[: r + 1]) for r in range(len(counts))]
+    passes = steps / (sum(sizes) + sizes[-1])  # of a round over its pool
+    assert len(found) == len(counts) and sum(found) == steps
+    for share, size in zip(found, [*sizes[:-1], 2 * sizes[-1]], strict=True):
+        assert abs(share - passes * size) < 1
+
+
+def test_the_published_number_of_steps_is_one_pass_a_round():
+    """200 rounds of 128 images, batches of 128: round r takes r steps; 200 more are the last pass."""
+    assert steps_of_rounds(20_300, [128] * 200) == [*range(1, 200), 400]
+    assert steps_of_rounds(400, [400]) == [400]
+
+
+@pytest.mark.parametrize("rounds, wanted, before", [(4, 0.078, 0.008), (2, 0.175, 0.055), (1, 0.25, 0.25)])
+def test_what_the_last_quarter_of_the_images_gets_of_visits_times_learning_rate(rounds, wanted, before):
+    """Counted image by image over a whole run; with steps shared equally by the rounds it was `before`."""
+    counts = portions(400, rounds)
+
+    def share(steps):
+        visits, done, rng = torch.zeros(400), 0, make_rng(0)
+        for index, count in enumerate(steps):
+            batches = epochs(sum(counts[: index + 1]), 8, rng)
+            for _ in range(count):
+                visits[next(batches)] += rate_factor("one_cycle", sum(steps), done)
+                done += 1
+        return (visits[300:].sum() / visits.sum()).item()
+
+    assert share(steps_of_rounds(4000, counts)) == pytest.approx(wanted, abs=0.003)
+    assert share(portions(4000, rounds)) == pytest.approx(before, abs=0.003)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +120,17 @@ def test_views_are_changed_before_clients_and_student_are_shown_them(pair):
     torch.testing.assert_close(logits[:, 0], pair[0].vit()(views), **CLOSE)
 
 
+@pytest.mark.parametrize("views", [0, 3])
+def test_views_without_change_are_those_of_the_images_as_they_were_made(pair, views):
+    student, images, labels = student_of(pair, views=views), some(5), torch.tensor([4, 0, 1, 3, 2])
+    student.change = lambda ensemble, views: views + 7
+    student.add(images, labels)
+    shown, shown_labels, logits = student.unchanged_views()
+    order = [int((view == images).flatten(1).all(1).nonzero()) for view in shown]
+    assert sorted(order) == [*range(5)] and torch.equal(shown_labels, labels[order])
+    torch.testing.assert_close(logits[:, 1], pair[1].vit()(shown), **CLOSE)
+
+
 @pytest.mark.parametrize("views", [0, 1])
 def test_the_student_learns_from_the_images_of_all_rounds(pair, views):
     student, seen, steps = student_of(pair, views=views), [], []
@@ -134,15 +181,38 @@ def test_the_student_starts_at_the_average_or_at_the_shared_model(pair):
     assert unchanged(Student(pair, initial, "fdafl", 1).vit, fresh.state_dict())
 
 
-def test_a_methods_own_settings_say_whether_its_labels_count(pair):
-    """By default the student learns the teacher alone, whatever `distill` says, which is FedMITR's."""
-    assert DistillSettings().ce_weight > 0
-    for method in ("fdafl", "co_boosting", "fedftg", "a method of your own"):
-        student = Student(pair, settings_of(ce_weight=0.7, calibrate=0.5), method, 6)
-        assert student.settings.ce_weight == 0 and student.calibrate == 0
+@pytest.mark.parametrize("method", [*DISTILLED, "a method of your own"])
+def test_by_default_the_student_learns_the_teacher_alone_as_published(pair, method):
+    """What `distill` says of labels, offsets, rate and temperature is FedMITR's."""
+    settings = settings_of(ce_weight=0.7, calibrate=0.5, temperature=9.0, lr=0.5)
+    student = Student(pair, settings, method, 6)
+    assert student.settings.ce_weight == 0 and student.calibrate == 0
+    assert student.settings.lr == 3e-4
+    published = {"dense": 4, "co_boosting": 4, "fadi": 3}  # DAFL and FedFTG have none, which is 1
+    assert student.settings.temperature == published.get(method, 1)
+
+
+def test_a_method_can_have_its_images_labels_count(pair):
     own = settings_of().model_copy(update={"dense": DenseSettings(ce_weight=0.3, calibrate=0.4)})
     student = Student(pair, own, "dense", 6)
     assert student.settings.ce_weight == 0.3 and student.calibrate == 0.4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
+def test_the_kd_temperature_softens_teacher_and_student(pair, temperature):
+    """The gradient of a step against that of T²·KL(softmax(z_A/T) ‖ softmax(z/T)), written out."""
+    own = settings_of(batch_size=8).model_copy(update={"dense": DenseSettings(kd_temperature=temperature)})
+    student, images = Student(pair, own, "dense", 6), some(8)
+    student.add(images, torch.zeros(8, dtype=torch.int64))
+    start = student_start(pair, own).eval().requires_grad_(True)
+    teacher = torch.stack([upload.vit()(images) for upload in pair]).mean(0).detach()  # mean of logits
+    p, q = (teacher / temperature).softmax(1), (start(images) / temperature).softmax(1)
+    (temperature**2 * (p * (p.log() - q.log())).sum(1).mean()).backward()
+    wanted = torch.cat([w.grad.flatten() for w in start.parameters()])
+    student.learn(1, lambda logits, _: logits.mean(0).log_softmax(-1))
+    found = torch.cat([w.grad.flatten() for w in student.vit.parameters()])
+    scale = min(1, 1 / wanted.norm().item())  # the student's gradient is clipped at norm 1
+    torch.testing.assert_close(found, scale * wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_calibration_fits_what_the_student_is_taught_to_the_labels(pair, monkeypatch):
@@ -211,10 +281,11 @@ def test_other_settings_are_another_run(method, clients, tmp_path, monkeypatch):
     monkeypatch.setattr(loop_of(method), "Student", work)
     METHODS[method](clients[:2], small(), Store(tmp_path))
     METHODS[method](
-        clients[:2], small({"distill.lr": 0.1, "distill.ce_weight": 0.5}), Store(tmp_path)
+        clients[:2], small({"distill.lr": 0.1, "distill.temperature": 5}), Store(tmp_path)
     )  # FedMITR's
     changes = [{"inversion.images": 7}, {"distill.steps": 4}, {"budget": "own"}, {"ensemble.mode": "size"}]
-    changes += [own(method, rounds=1), own(method, student_lr=0.1), {"distill.weight_decay": 0.1}]
+    changes += [own(method, rounds=1), own(method, student_lr=0.1), own(method, kd_temperature=7.0)]
+    changes += [{"distill.weight_decay": 0.1}]
     changes += [{"model.pretrained": False}]
     for change in changes:
         with pytest.raises(InterruptedError):
@@ -232,3 +303,16 @@ def test_clients_that_are_certain_of_everything_leave_a_finite_student(method, c
     outcome = METHODS[method](certain, small(), Store(tmp_path))
     assert all(torch.isfinite(p).all() for p in outcome.models[0].parameters())
     assert torch.isfinite(outcome.synthetic.pixels).all()
+
+
+@pytest.mark.parametrize("method", DISTILLED)
+def test_what_every_distilling_method_may_tune(method):
+    search = METHODS[method].search
+    assert 1 in search[f"{method}.rounds"]
+    assert search[f"{method}.kd_temperature"].low == 1 and search[f"{method}.kd_temperature"].high >= 20
+    assert 0 in search[f"{method}.ce_weight"] and 0 in search[f"{method}.calibrate"]
+    if method != "fedftg":  # its teacher is the class-wise ensemble
+        assert {"mean_logits", "size", "class"} <= set(search["ensemble.mode"])
+    for name, values in search.items():  # each value is one that settings allow
+        for value in (values.low, values.high) if isinstance(values, Range) else values:
+            Settings().changed({name: value})

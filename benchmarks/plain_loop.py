@@ -1,8 +1,8 @@
 """The published loop of sparse model inversion (SMI, Hu et al. 2024), written plainly, to measure against.
 
 Independent of the package: only torch and timm. It does what the authors' public code does at each
-iteration, and no more: the whole image is jittered, embedded and regularised, every block computes its
-attention weights, the teacher's parameters keep `requires_grad`, and the loss is read back to Python.
+iteration, and no more: the whole image is jittered, embedded, regularised and clipped, every block computes
+its attention weights, the teacher's parameters keep `requires_grad`, and the loss is read back to Python.
 """
 
 import random
@@ -47,6 +47,21 @@ def jitter(images: Tensor, keep: Tensor, patch: int, limit: int) -> tuple[Tensor
     return images, rows * side + columns
 
 
+def total_variation(images: Tensor) -> Tensor:
+    """Return the norms of differences of neighbours, of the whole batch, added up over four directions."""
+    right = images[..., :-1] - images[..., 1:]
+    down = images[:, :, :-1] - images[:, :, 1:]
+    rising = images[:, :, 1:, :-1] - images[:, :, :-1, 1:]
+    falling = images[:, :, :-1, :-1] - images[:, :, 1:, 1:]
+    return right.norm() + down.norm() + rising.norm() + falling.norm()
+
+
+def clip(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Clip normalised images to black and white, channel by channel, in place."""
+    for channel, (m, s) in enumerate(zip(mean, std, strict=True)):
+        images[:, channel].clamp_(-m / s, (1 - m) / s)
+
+
 def invert_plainly(
     vit: VisionTransformer,
     labels: Tensor,
@@ -74,13 +89,12 @@ def invert_plainly(
             keep = keep.gather(1, stay)
         view, view_keep = jitter(images, keep, patch, round(share * size))
         logits, _ = forward(vit, view, view_keep)
-        down = (images[:, :, 1:] - images[:, :, :-1]).norm()
-        right = (images[..., 1:] - images[..., :-1]).norm()
-        loss = F.cross_entropy(logits, labels) + tv * (down + right)
+        loss = F.cross_entropy(logits, labels) + tv * total_variation(images)
         if loss.item() < best_loss:
             best, best_loss = images.data, loss.item()  # the live tensor, as published
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        clip(images.data, vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
         on_iteration(step)
     return best, keep

@@ -20,7 +20,7 @@ class LdaSettings(SettingsBlock):
     """LDA: Gaussians of one covariance."""
 
     shrinkage: float = setting(
-        0.01, "share γ of a multiple of the identity in the covariance", "choice; GH-OFL: 0.05", gt=0, le=1
+        1e-3, "share γ of a multiple of the identity in the covariance", "choice; GH-OFL: 0.05", gt=0, le=1
     )
 
 

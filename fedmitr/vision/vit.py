@@ -21,9 +21,11 @@ from ..core.paths import shipped
 from ..settings.schema import ModelSettings
 
 VIT_MICRO = dict(img_size=24, patch_size=4, in_chans=1, embed_dim=96, depth=4, num_heads=3, mlp_ratio=2)
-# The shipped models, all pretrained on letters; the last two are for clients whose ViTs differ.
+# The shipped models, all pretrained on letters: "early" for so short a time that its features leave room to
+# learn; the last two are for clients whose ViTs differ.
 MICROS = {
     "vit_micro": VIT_MICRO,
+    "vit_micro_early": VIT_MICRO,
     "vit_micro_patch6": VIT_MICRO | dict(patch_size=6),
     "vit_micro_deep": VIT_MICRO | dict(embed_dim=64, depth=6, num_heads=2),
 }

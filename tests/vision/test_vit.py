@@ -1,5 +1,6 @@
 """vit.py: the models that can be built, those that cannot, and weights from files."""
 
+import hashlib
 import socket
 
 import pytest
@@ -9,7 +10,10 @@ from helpers import loud
 from safetensors.torch import load_file, save_file
 
 import fedmitr as fm
-from fedmitr.vision.vit import normalisation
+from fedmitr.settings.schema import ModelSettings
+from fedmitr.vision.vit import letter_weights, normalisation, weights_digest
+
+STARTS = ("vit_micro", "vit_micro_early")
 
 
 def test_normalisation_is_the_models_own():
@@ -34,6 +38,19 @@ def test_channels_and_size_can_be_chosen():
     assert vit(torch.zeros(1, 3, 40, 40)).shape == (1, 4)
     assert vit.patch_embed.grid_size == (10, 10)
     assert len(normalisation(vit)[0]) == 3
+
+
+def test_the_early_start_is_the_same_network_with_other_weights():
+    usual, early = (fm.create_vit(name, pretrained=True) for name in STARTS)
+    assert str(usual) == str(early)
+    states = usual.state_dict(), early.state_dict()
+    assert [k for k, v in states[0].items() if v.shape != states[1][k].shape] == []
+    assert not torch.equal(usual.patch_embed.proj.weight, early.patch_embed.proj.weight)
+    fresh = fm.create_vit("vit_micro_early").state_dict()
+    assert all(torch.equal(v, fresh[k]) for k, v in fm.create_vit("vit_micro").state_dict().items())
+    digests = {weights_digest(ModelSettings(name=name)) for name in STARTS}
+    assert digests == {hashlib.sha256(letter_weights(n).read_bytes()).hexdigest() for n in STARTS}
+    assert len(digests) == 2  # the store keeps the uploads of each apart
 
 
 # What cannot be: one line each.

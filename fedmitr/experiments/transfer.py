@@ -1,0 +1,150 @@
+"""How much the start decides: methods against how long the shared model was pretrained on letters.
+
+    python -m fedmitr.experiments.transfer
+
+writes results/transfer.csv: the accuracy of every number of pretraining steps, method and seed. The same
+clients start from a ViT-Micro that saw letters for fewer and fewer steps, down to none, so that its features
+transfer less and less. It is a study of the ground, not of who wins: seeds are those of tuning, and images
+those of validation.
+
+The starts that ship are taken as they are; the others are pretrained once and kept in the store, as every
+accuracy is, so that the same command goes on where it was stopped.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import pandas as pd
+import torch
+
+from ..core.errors import BadInput
+from ..core.paths import default_store, home
+from ..core.processes import parallel
+from ..core.progress import progress
+from ..core.store import Store, check_output, fingerprint, write_csv, write_json, write_tensors
+from ..data.letters import LETTERS
+from ..evaluation.metrics import accuracy
+from ..settings import Settings
+from ..vision.vit import MICROS, VIT_MICRO, create_vit, weights_digest
+from .compare import parse_seeds
+from .pretrain import BATCH, LR, SEED, STEPS, pretrain
+from .run import Experiment
+
+LENGTHS = (0, 100, 200, 400, 1000, 3600)  # pretraining steps
+METHODS = ("ridge", "ensemble", "ensemble_statistics", "fedavg", "fedmitr", "fedmitr_plus", "central")
+COLUMNS = ("steps", "seed", "method", "accuracy")
+# The models that ship in this shape, by their number of steps.
+SHIPPED = {STEPS[name]: name for name, shape in MICROS.items() if shape == VIT_MICRO}
+
+
+def transfer(
+    settings: Settings,
+    lengths: Sequence[int] = LENGTHS,
+    methods: Sequence[str] = METHODS,
+    seeds: Sequence[int] = range(5),
+    store: Path | str | None = None,
+    out: Path | None = None,
+) -> pd.DataFrame:
+    """Return one row for each number of pretraining steps, seed and method, with its validation accuracy.
+
+    settings: of all runs, but for their start and their seed. Rewrites the CSV `out` whenever all methods of
+    a length and a seed are done. Raises BadInput, before any work, for a method or a setting that cannot
+    work.
+    """
+    if out:
+        check_output(out, f"out={str(out)!r}")
+    kept = Store(store or default_store())
+    for seed in seeds:
+        Experiment(settings.changed({"seed": seed}), kept).check(methods)
+    longest_first = sorted(lengths, reverse=True)
+    grid = [(steps, seed) for steps in lengths for seed in seeds]
+    starts: dict[int, dict[str, str]] = {}
+    rows: dict[int, list[dict[str, Any]]] = {}
+    with progress(len(lengths) + len(grid), "starts and seeds", "part") as bar:
+        for index, start in parallel(partial(_start, kept, settings.threads), longest_first):
+            starts[longest_first[index]] = start
+            bar.update(1)
+        runs = [settings.changed(starts[steps] | {"seed": seed}) for steps, seed in grid]
+        for index, scores in parallel(partial(_accuracies, kept, methods), runs):
+            rows[index] = [dict(zip(COLUMNS, (*grid[index], *score), strict=True)) for score in scores]
+            bar.update(1)
+            if out:
+                write_csv(_table(rows), out, digits=6)
+    return _table(rows)
+
+
+def _table(rows: Mapping[int, list[dict[str, Any]]]) -> pd.DataFrame:
+    """Return the rows of what is finished as a table, in the order of the grid."""
+    return pd.DataFrame([row for index in sorted(rows) for row in rows[index]], columns=list(COLUMNS))
+
+
+def _start(store: Store, threads: int, steps: int) -> dict[str, str]:
+    """Return the settings of the start after so many steps on letters: one that ships, or one in the store.
+
+    What neither has is trained now. No step: the weights that training on letters begins with.
+    """
+    if steps in SHIPPED:
+        return {"model.name": SHIPPED[steps]}
+    torch.set_num_threads(threads)
+    key = fingerprint("letters", VIT_MICRO, steps, BATCH, LR, SEED)
+    weights = store.path("letters", key) / "weights.safetensors"
+    if not store.has("letters", key):
+        model = pretrain("vit_micro", steps) if steps else create_vit("vit_micro", len(LETTERS))
+        store.put("letters", key, lambda folder: write_tensors(model.state_dict(), folder / weights.name))
+    return {"model.name": "vit_micro", "model.checkpoint": str(weights)}
+
+
+def _accuracies(store: Store, methods: Sequence[str], settings: Settings) -> list[tuple[str, float]]:
+    """Return every method with its validation accuracy on the clients of these settings."""
+    experiment = Experiment(settings, store)
+    return [(method, _accuracy(experiment, method)) for method in methods]
+
+
+def _accuracy(experiment: Experiment, method: str) -> float:
+    """Return a method's accuracy on validation images, the mean over its models, from the store if there."""
+    settings, images = experiment.settings, experiment.task.validation
+    key = fingerprint(
+        "validation", method, settings.model_dump(), weights_digest(settings.model), experiment.task.digest
+    )
+
+    def measure() -> float:
+        models = experiment.models(method)
+        return sum(accuracy(model, images) for model in models) / len(models)
+
+    return experiment.store.get(
+        "validation",
+        key,
+        read=lambda folder: json.loads((folder / "accuracy.json").read_text()),
+        make=measure,
+        write=lambda value, folder: write_json(folder / "accuracy.json", value),
+    )
+
+
+@click.command()
+@click.option("--methods", default=",".join(METHODS), show_default=True, help="Comma-separated.")
+@click.option("--seeds", default="0-4", show_default=True, help="Such as 0-4 or 1,3,5.")
+@click.option("--profile", default="laptop", show_default=True)
+@click.option("--store", type=click.Path(path_type=Path), help="Folder of artefacts; default data/store.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=home() / "results" / "transfer.csv",
+    help="CSV with one row per run; default results/transfer.csv.",
+)
+def main(methods: str, seeds: str, profile: str, store: Path | None, out: Path) -> None:
+    """Measure how much the pretraining of the shared model decides, and write a row for each run."""
+    chosen = [name.strip() for name in methods.split(",")]
+    try:
+        table = transfer(Settings.load(profile), LENGTHS, chosen, parse_seeds(seeds), store, out)
+    except BadInput as error:
+        raise click.ClickException(str(error)) from None
+    means = table.pivot_table(index="method", columns="steps", values="accuracy", sort=False)
+    click.echo(means.to_string(float_format="{:.3f}".format))
+
+
+if __name__ == "__main__":
+    main()

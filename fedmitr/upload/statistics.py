@@ -16,6 +16,7 @@ from torch import Tensor
 from ..core.errors import BadInput
 
 TOLERANCE = 1e-8  # of the Gram matrix's trace: how far rounding may push an eigenvalue below zero
+LARGEST = 1e100  # of a sum, so that squares of sums of many clients stay finite
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Statistics:
         """Sum features (n, D) with labels (n,) in [0, num_classes)."""
         features = features.double()
         one_hot = torch.nn.functional.one_hot(labels, num_classes).double()  # (n, C)
-        return cls(one_hot.sum(0).long(), one_hot.T @ features, features.T @ features)
+        gram = (features.T @ features).triu()  # the product's lower half may differ in the last bit
+        return cls(one_hot.sum(0).long(), one_hot.T @ features, gram + gram.triu(1).T)
 
     def __add__(self, other: "Statistics") -> "Statistics":
         """Add the sums of other images."""
@@ -79,18 +81,18 @@ class Statistics:
     def check_sums(self, who: str, num_classes: int, width: int, size: int) -> None:
         """Raise BadInput, naming the sender, unless the sums are of `size` images, classes and features.
 
-        They have the types and shapes of `expected_shapes` and are finite; counts are not negative and sum to
-        `size`; a class without images has no sum; the Gram matrix is symmetric.
+        They have the types and shapes of `expected_shapes` and no number is beyond `LARGEST`; counts are not
+        negative and sum to `size`; a class without images has no sum; the Gram matrix is symmetric.
         """
         check_shapes(who, vars(self), expected_shapes(num_classes, width))
         counts, told = self.counts, f"{who}: statistics: "
         if counts.min() < 0:
             raise BadInput(f"{told}counts={_first(counts)} hold a negative count: allowed are 0 and more")
-        if int(counts.sum()) != size:
-            raise BadInput(f"{told}counts={_first(counts)} sum to {int(counts.sum())}, its size is {size}")
+        if (total := sum(counts.tolist())) != size:  # Python's integers do not wrap around
+            raise BadInput(f"{told}counts={_first(counts)} sum to {total}, its size is {size}")
         for name in ("sums", "gram"):
-            if not torch.isfinite(getattr(self, name)).all():
-                raise BadInput(f"{told}{name} holds NaN or Inf")
+            if not (getattr(self, name).abs() <= LARGEST).all():
+                raise BadInput(f"{told}{name} holds NaN, Inf or numbers beyond {LARGEST:g}")
         if self.sums[counts == 0].any():
             raise BadInput(f"{told}sums of a class without images are not zero")
         if not torch.equal(self.gram, self.gram.T):

@@ -4,9 +4,10 @@
 # make test-flower the Flower app's tests, in .venv-flower; part of make test
 # make flower      results/flower.csv: a run over Flower's real processes, and one with a client killed
 # make publish     for maintainers: figures/, results/headline.csv and the notebooks' stored outputs, five seeds
-# make results     the README's tables: every method on ten seeds at three skews, about an hour
+# make results     the README's tables: every method on ten seeds, and on five at three skews; hours
+# make ablations   notebook 06's tables: every cell of results/ablations.yaml and fidelity.yaml, on five seeds
+# make transfer    notebook 06's figure: starts that were pretrained for fewer and fewer steps, on five seeds
 # make scale       notebook 09's table: up to 100 clients, and clients whose ViTs differ
-# make ablations   notebook 06's table: every cell of results/ablations.yaml on five seeds
 #
 # PYTHON=python3.12 picks the interpreter. On Linux, for the CPU build of torch:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
@@ -25,13 +26,13 @@ SPREAD := -n auto --maxprocesses 4 --dist loadfile
 SITE := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-flower flower results publish ablations scale lint format weights clean
+.PHONY: help setup reproduce test test-flower flower results publish ablations transfer scale lint format weights clean
 
 # A figure backend set for another program must not reach the notebooks.
 unexport MPLBACKEND
 
 help:
-	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | flower | publish | results | ablations | scale | lint | format | weights | clean"
+	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | flower | publish | results | ablations | transfer | scale | lint | format | weights | clean"
 
 setup: $(STAMP)
 
@@ -86,21 +87,27 @@ publish: setup
 # The README's tables: every method, then their numbers.
 results: setup
 	$(BIN)/fedmitr compare --seeds 10-19 --out results/comparison.csv
-	$(BIN)/fedmitr compare --alpha 0.05,0.1,0.3 --seeds 10-19 --out results/skews.csv
+	$(BIN)/fedmitr compare --alpha 0.05,0.1,0.3 --seeds 10-14 --out results/skews.csv
 	$(BIN)/python tools/readme.py
 
 ablations: setup
-	$(BIN)/fedmitr sweep --cells results/ablations.yaml --seeds 10-14 --out results/ablations.csv
+	$(BIN)/fedmitr sweep --method fedmitr_plus --cells results/ablations.yaml --seeds 10-14 --out results/ablations.csv
+	$(BIN)/fedmitr sweep --method fedmitr --cells results/fidelity.yaml --seeds 10-14 --out results/fidelity.csv
 
-# Trains the shared initial model again, and the two for clients whose ViTs differ.
+# Validation images of the tuning seeds: a study of the start, not of who wins.
+transfer: setup
+	$(BIN)/python -m fedmitr.experiments.transfer
+
+# Trains the shared initial model again, the same after fewer steps, and the two for clients whose ViTs differ.
 weights: setup
 	$(BIN)/python -m fedmitr.experiments.pretrain --model vit_micro
+	$(BIN)/python -m fedmitr.experiments.pretrain --model vit_micro_early
 	$(BIN)/python -m fedmitr.experiments.pretrain --model vit_micro_patch6 --steps 1800
 	$(BIN)/python -m fedmitr.experiments.pretrain --model vit_micro_deep --steps 1800
 
 # Notebook 09's table: up to 100 clients, and clients whose ViTs differ.
 scale: setup
-	$(BIN)/fedmitr sweep --cells results/scale.yaml --seeds 10-14 --out results/scale.csv
+	$(BIN)/fedmitr sweep --method fedmitr_plus --cells results/scale.yaml --seeds 10-14 --out results/scale.csv
 
 clean:
 	rm -rf data/store reproduced

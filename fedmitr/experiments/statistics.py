@@ -1,20 +1,24 @@
 """Statistics of the runs of a comparison: means over seeds, paired differences with intervals, accounts."""
 
+from collections.abc import Sequence
+
 import pandas as pd
 from scipy import stats
 
 from ..methods import described, in_order
 from .compare import ACCOUNT, SECONDS
 
-REFERENCE = "fedmitr"
+REFERENCE = "fedmitr_plus"  # what every method is compared with
+LABEL = described(REFERENCE).label
+GAP, HALF = f"minus {LABEL}", "± 95 %"
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return, for each method at one skew, its accuracy over seeds and the paired difference to FedMITR.
+    """Return, for each method at one skew, its accuracy over seeds and the paired difference to FedMITR+.
 
-    Columns: seeds, their number; mean and std of accuracy; "minus fedmitr", the mean over shared seeds of
-    this method minus FedMITR; "± 95 %", the half width of that mean's interval from Student's t. The last two
-    are NaN without a run of FedMITR, the last with one seed too.
+    Columns: seeds, their number; mean and std of accuracy; `GAP`, the mean over shared seeds of this method
+    minus FedMITR+; `HALF`, the half width of that mean's interval from Student's t. The last two are NaN
+    without a run of FedMITR+, the last with one seed too.
     """
     wide = runs.pivot_table(index="seed", columns="method", values="accuracy")
     rows = []
@@ -26,7 +30,7 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
             "std": wide[method].std(),
         }
         gap, half = paired(wide[method], wide[REFERENCE] if REFERENCE in wide else float("nan"))
-        rows.append(row | {"minus fedmitr": gap, "± 95 %": half})
+        rows.append(row | {GAP: gap, HALF: half})
     return pd.DataFrame(rows).set_index("method")
 
 
@@ -49,20 +53,26 @@ def across_skews(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def skew_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return mean ± std and `interval` as text: a row for each method, best first; a column for each alpha.
+    """Return mean ± std and `interval` as text: a row for each method, as `by_family`; a column an alpha.
 
     The last column is that of the mean over alphas. A cell is a dash where the method has no run, or no seed
     that ran at every alpha, and states its number of seeds where that is below the column's.
     """
     parts = {f"α = {alpha:g}": some for alpha, some in runs.groupby("alpha")}
-    parts["mean over α"] = together = across_skews(runs)
-    best = (together if len(together) else runs).groupby("method")["accuracy"].mean()
-    order = best.reindex(runs["method"].unique()).sort_values(ascending=False).index  # missing ones last
+    parts["mean over α"] = across_skews(runs)
+    order = in_order(runs["method"])
     text = {
         f"{name}, {some['seed'].nunique()} seeds": [_skew_cell(some, method) for method in order]
         for name, some in parts.items()
     }
-    return pd.DataFrame(text, order)
+    return pd.DataFrame(text, by_family(order))
+
+
+def by_family(methods: Sequence[str]) -> pd.MultiIndex:
+    """Return an index of families and labels; a star marks a method that does not leave one model."""
+    records = [described(method) for method in methods]
+    names = [(r.family, r.label + " *" * (not r.single_model)) for r in records]
+    return pd.MultiIndex.from_tuples(names, names=["family", "method"])
 
 
 def _skew_cell(runs: pd.DataFrame, method: str) -> str:
@@ -80,36 +90,36 @@ def paired(one: pd.Series, other: pd.Series | float) -> tuple[float, float]:
 
 
 def account_table(runs: pd.DataFrame, seconds: pd.DataFrame) -> pd.DataFrame:
-    """Return each method's accuracy and costs as text: means over seeds, ordered by `methods.in_order`.
+    """Return each method's accuracy and costs as text: means over seeds, a row for each, as `by_family`.
 
-    runs and seconds are the two files that `compare` writes. A star marks a method that does not leave one
-    model; the factor beside the operations of one prediction is against the cheapest method.
+    runs and seconds are the two files that `compare` writes. The factor beside the operations of one
+    prediction is against the cheapest method.
     """
     scores = summarise(runs)
     costs = runs.groupby("method")[list(ACCOUNT)].mean()
     costs = costs.join(seconds.groupby("method")[list(SECONDS)].mean())
-    rows, labels, alone = [], [], runs["seed"].nunique() == 1
-    for method in in_order(costs.index):
-        score, cost, record = scores.loc[method], costs.loc[method], described(method)
+    rows, order, alone = [], in_order(costs.index), runs["seed"].nunique() == 1
+    for method in order:
+        score, cost = scores.loc[method], costs.loc[method]
         times = cost["inference_flops"] / costs["inference_flops"].min()
-        labels.append(record.label + " *" * (not record.single_model))
         row = {
             "accuracy": f"{score['mean']:.3f}" + ("" if alone else f" ± {score['std']:.3f}"),
-            "minus FedMITR [95 %]": interval(score),
+            f"{GAP} [95 %]": interval(score),
             "exchanges": f"{cost['exchanges']:.0f}",
             "MB up": f"{cost['upload_bytes'] / 1e6:.2f}",
             "MB down": f"{cost['download_bytes'] / 1e6:.2f}",
+            "server seconds": f"{cost['server_seconds']:.1f}",
+            "client seconds": f"{cost['client_seconds']:.1f}",
             "synthetic images": f"{cost['synthetic_images']:.0f}",
             "student steps": f"{cost['student_steps']:.0f}",
             "MFLOP a prediction": f"{cost['inference_flops'] / 1e6:.0f}"
             + (f" ({times:.1f}×)" if times > 1.05 else ""),
-            "server seconds": f"{cost['server_seconds']:.1f}",
         }
         rows.append(row)
-    return pd.DataFrame(rows, index=labels)
+    return pd.DataFrame(rows, index=by_family(order))
 
 
 def interval(score: pd.Series) -> str:
-    """Return a row of `summarise` as difference [low, high]; empty without an interval, and for FedMITR."""
-    gap, half = score["minus fedmitr"], score["± 95 %"]
+    """Return a row of `summarise` as difference [low, high]; empty without an interval, and for FedMITR+."""
+    gap, half = score[GAP], score[HALF]
     return "" if pd.isna(half) or gap == half == 0 else f"{gap:+.3f} [{gap - half:+.3f}, {gap + half:+.3f}]"

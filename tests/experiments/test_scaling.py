@@ -26,7 +26,7 @@ pipeline = importlib.import_module("fedmitr.methods.fedmitr")
 def test_a_row_for_each_profile_is_its_plan():
     table = profiles()
     assert list(table.index) == list(PROFILES)
-    stages = plan("fedmitr", Settings.load("gpu"))
+    stages = plan("fedmitr_plus", Settings.load("gpu"))
     assert table.loc["gpu", "TFLOP"] == pytest.approx(sum(s.flops for s in stages) / 1e12)
     assert table.loc["paper", "iterations"] == 4000 and table["memory, GB"].is_monotonic_increasing
 
@@ -42,7 +42,7 @@ def test_labels_cost_in_proportion_to_the_clients_unless_few_are_drawn():
     assert grouped[100] == everyone[100] and grouped[1000] > everyone[1000]  # no less work, but in parts
     memory = table.set_index(["way", "clients"])["memory, GB"].unstack()
     assert memory.loc["groups of 100 clients", 1000] == pytest.approx(memory.loc["every client", 1000])
-    stages = plan("fedmitr", Settings.load("laptop", {"partition.clients": 100}))
+    stages = plan("fedmitr_plus", Settings.load("laptop", {"partition.clients": 100}))
     assert everyone[100] == pytest.approx(sum(s.flops for s in stages if s.stage != "clients") / 1e12)
 
 
@@ -61,6 +61,7 @@ def test_every_number_of_workers_inverts_the_same_batches(tmp_path, monkeypatch)
     seen, real = [], pipeline.synthetic_set
 
     def record(uploads, settings, store):
+        assert settings.inversion.teacher == "owners" and uploads[0].class_counts
         seen.append((os.environ[VARIABLE], real(uploads, settings, store).pixels))
         return real(uploads, settings, store)
 
@@ -108,8 +109,8 @@ def test_the_figures_show_the_table():
 
 def test_a_plan_counts_a_group_by_its_clients():
     """Of five clients in groups of two the last, alone, is distilled by nobody."""
-    stages = plan("fedmitr", Settings.load("laptop", {"partition.clients": 5, "distill.group": 2}))
+    stages = plan("fedmitr_plus", Settings.load("laptop", {"partition.clients": 5, "distill.group": 2}))
     (groups,) = (s for s in stages if s.stage == "groups")
-    pair = plan("fedmitr", Settings.load("laptop", {"partition.clients": 2}))
+    pair = plan("fedmitr_plus", Settings.load("laptop", {"partition.clients": 2}))
     assert groups.flops == pytest.approx(2 * sum(s.flops for s in pair if s.stage != "clients"))
     assert "by 3 clients" in next(s.what for s in stages if s.stage == "labels")

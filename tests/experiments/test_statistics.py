@@ -6,7 +6,16 @@ import pytest
 from helpers import registrations_taken_back
 from scipy import stats
 
-from fedmitr.experiments.statistics import across_skews, interval, skew_table, summarise, summarise_skews
+from fedmitr.experiments.statistics import (
+    GAP,
+    HALF,
+    across_skews,
+    by_family,
+    interval,
+    skew_table,
+    summarise,
+    summarise_skews,
+)
 from fedmitr.methods import METHODS, Method, register
 
 
@@ -16,7 +25,7 @@ def runs():
     rows = [
         dict(method=m, task="digits", alpha=0.1, clients=5, seed=s, accuracy=rng.uniform(0.3, 0.8))
         for s in range(5)
-        for m in ("fedavg", "fedmitr", "ensemble")
+        for m in ("fedavg", "fedmitr_plus", "ensemble")
     ]
     return pd.DataFrame(rows)
 
@@ -28,21 +37,21 @@ def of(runs, method):
 def test_the_paired_difference_and_its_interval_are_scipys(runs):
     table = summarise(runs)
     for method in ("fedavg", "ensemble"):
-        paired = stats.ttest_rel(of(runs, method), of(runs, "fedmitr")).confidence_interval(0.95)
+        paired = stats.ttest_rel(of(runs, method), of(runs, "fedmitr_plus")).confidence_interval(0.95)
         row = table.loc[method]
-        assert row["minus fedmitr"] == pytest.approx((paired.low + paired.high) / 2)
-        assert row["± 95 %"] == pytest.approx((paired.high - paired.low) / 2)
+        assert row[GAP] == pytest.approx((paired.low + paired.high) / 2)
+        assert row[HALF] == pytest.approx((paired.high - paired.low) / 2)
 
 
 def test_mean_and_deviation_are_over_the_seeds(runs):
     table = summarise(runs)
-    assert list(table.index) == ["fedavg", "fedmitr", "ensemble"]
+    assert list(table.index) == ["fedavg", "fedmitr_plus", "ensemble"]
     for method in table.index:
         values = of(runs, method)
         assert table.loc[method, "mean"] == pytest.approx(values.mean())
         assert table.loc[method, "std"] == pytest.approx(values.std(ddof=1))
         assert table.loc[method, "seeds"] == 5
-    assert table.loc["fedmitr", "minus fedmitr"] == 0
+    assert table.loc["fedmitr_plus", GAP] == 0
 
 
 def test_the_order_of_the_rows_does_not_matter(runs):
@@ -64,19 +73,21 @@ def test_the_table_of_skews_says_what_the_summaries_say(runs):
     seeds = {"α = 0.05": "5 seeds", "α = 0.1": "10 seeds", "mean over α": "5 seeds"}
     assert list(table.columns) == [f"{name}, {count}" for name, count in seeds.items()]
     table.columns = list(seeds)
-    assert list(table.index) == list(summarise(runs).sort_values("mean", ascending=False).index)
+    families = [("average", "FedAvg"), ("synthetic images", "FedMITR+"), ("reference", "ensemble *")]
+    assert list(table.index) == families
     both = runs.assign(accuracy=0.75 * runs["accuracy"])
     for some, column in ((harder, "α = 0.05"), (pd.concat([runs, more]), "α = 0.1"), (both, "mean over α")):
         for method, row in summarise(some).iterrows():
             said = f"{row['mean']:.3f} ± {row['std']:.3f}"
-            said += "" if method == "fedmitr" else f", {interval(row)}"
-            assert table.loc[method, column] == said
+            said += "" if method == "fedmitr_plus" else f", {interval(row)}"
+            (index,) = by_family([method])
+            assert table.loc[index, column] == said
 
 
-def test_without_fedmitr_or_with_one_seed_there_is_no_interval(runs):
-    assert summarise(runs[runs["method"] != "fedmitr"])[["minus fedmitr", "± 95 %"]].isna().all(axis=None)
+def test_without_fedmitr_plus_or_with_one_seed_there_is_no_interval(runs):
+    assert summarise(runs[runs["method"] != "fedmitr_plus"])[[GAP, HALF]].isna().all(axis=None)
     one = summarise(runs[runs["seed"] == 0])
-    assert one["± 95 %"].isna().all() and one["minus fedmitr"].notna().all()
+    assert one[HALF].isna().all() and one[GAP].notna().all()
 
 
 def test_a_users_method_is_summarised_whether_it_is_registered_here_or_not(runs):
@@ -100,7 +111,7 @@ def skews(runs):
 
 def test_a_seed_without_every_skew_is_left_out_for_its_method_alone(runs, skews):
     found = across_skews(skews)
-    wanted = runs[runs["method"].isin(["fedmitr", "ensemble"])].assign(accuracy=0.75 * runs["accuracy"])
+    wanted = runs[runs["method"].isin(["fedmitr_plus", "ensemble"])].assign(accuracy=0.75 * runs["accuracy"])
     wanted = wanted[~((wanted["method"] == "ensemble") & (wanted["seed"] == 4))]
     keys = ["method", "seed"]
     pd.testing.assert_frame_equal(
@@ -110,17 +121,16 @@ def test_a_seed_without_every_skew_is_left_out_for_its_method_alone(runs, skews)
 
 
 def test_the_mean_over_skews_does_not_depend_on_which_other_methods_ran(skews):
-    alone = across_skews(skews[skews["method"] == "fedmitr"])
+    alone = across_skews(skews[skews["method"] == "fedmitr_plus"])
     beside = across_skews(skews)
-    pd.testing.assert_frame_equal(alone, beside[beside["method"] == "fedmitr"].reset_index(drop=True))
+    pd.testing.assert_frame_equal(alone, beside[beside["method"] == "fedmitr_plus"].reset_index(drop=True))
 
 
 def test_the_table_of_skews_says_what_is_missing(skews):
     table = skew_table(skews)
     assert list(table.columns) == ["α = 0.05, 5 seeds", "α = 0.1, 5 seeds", "mean over α, 5 seeds"]
-    assert table.index[-1] == "fedavg"  # without a mean over α it has no place among the others
-    assert list(table.loc["fedavg"].eq("–")) == [True, False, True]
-    cells = table.loc["ensemble"]
+    assert list(table.loc[("average", "FedAvg")].eq("–")) == [True, False, True]
+    cells = table.loc[("reference", "ensemble *")]
     assert [cell.endswith(" (4 seeds)") for cell in cells] == [True, False, True]
     row = summarise(across_skews(skews)).loc["ensemble"]
     assert cells.iloc[2] == f"{row['mean']:.3f} ± {row['std']:.3f}, {interval(row)} (4 seeds)"

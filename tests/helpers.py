@@ -1,7 +1,8 @@
 """What tests share beside fixtures: tiny models with large weights, and uploads made of them."""
 
+import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -18,9 +19,10 @@ from fedmitr.experiments.compare import ACCOUNT
 from fedmitr.methods import METHODS, described
 from fedmitr.server.inversion import invert
 from fedmitr.settings import Settings
-from fedmitr.settings.schema import TASKS, InversionSettings
-from fedmitr.upload import ModelShape
+from fedmitr.settings.schema import TASKS, InversionSettings, ModelSettings
+from fedmitr.upload import Features, ModelShape, Statistics
 from fedmitr.vision.tokens import read_by_head
+from fedmitr.vision.vit import weights_digest
 
 CLASSES = 10
 ONCE = 24_000_000  # operations of one model on one image, in `comparison_table`
@@ -41,6 +43,32 @@ def make_upload(client: int, counts: tuple[int, ...], scale: float = 0.15, side:
     vit = loud(fm.create_vit("vit_micro", CLASSES, image_size=side), seed=100 + client, scale=scale)
     weights = {k: v.detach().clone() for k, v in vit.state_dict().items()}
     return fm.Upload(client, sum(counts), ModelShape.of("vit_micro", vit), weights, counts)
+
+
+def random_features(counts: Sequence[int], width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (n, D), each class around a mean of its own that every seed shares, and labels (n,)."""
+    means = 2 * torch.randn(len(counts), width, generator=torch.Generator().manual_seed(-1)).double()
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    noise = torch.randn(len(labels), width, generator=torch.Generator().manual_seed(seed)).double()
+    return means[labels] + noise, labels
+
+
+def with_statistics(upload: fm.Upload, tokens: str = "cls", model: ModelSettings | None = None) -> fm.Upload:
+    """The same upload beside sums of random features of as many images of each class.
+
+    model: the shared model whose features they are said to be, by default that of `Settings()`.
+    """
+    model = model or ModelSettings()
+    shape = upload.shape.model_copy(update={"name": model.name})
+    features = Features(shape=shape, weights=weights_digest(model), tokens=tokens)
+    drawn = random_features(upload.class_counts, features.width, seed=upload.client)
+    return upload.with_statistics(Statistics.of(*drawn, len(upload.class_counts)), features)
+
+
+def statistics_alone(upload: fm.Upload) -> fm.Upload:
+    """An upload's statistics without its weights and histogram: what a client sends that does not train."""
+    shape = upload.features.shape
+    return dataclasses.replace(upload, weights=None, class_counts=None, shape=shape)
 
 
 def same(a, b) -> bool:

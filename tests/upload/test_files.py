@@ -9,13 +9,6 @@ import fedmitr as fm
 from fedmitr.upload import CARD, CARD_BYTES, WEIGHTS
 
 
-@pytest.fixture
-def saved(uploads, tmp_path):
-    """The folder of client 1's upload."""
-    uploads[1].save(tmp_path / "client1")
-    return tmp_path / "client1"
-
-
 def refused(folder, one_line, *words):
     with pytest.raises(fm.BadInput) as caught:
         fm.Upload.load(folder)

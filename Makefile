@@ -102,8 +102,8 @@ transfer: setup
 weights: setup
 	$(BIN)/python -m fedmitr.experiments.pretrain --model vit_micro
 	$(BIN)/python -m fedmitr.experiments.pretrain --model vit_micro_early
-	$(BIN)/python -m fedmitr.experiments.pretrain --model vit_micro_patch6 --steps 1800
-	$(BIN)/python -m fedmitr.experiments.pretrain --model vit_micro_deep --steps 1800
+	$(BIN)/python -m fedmitr.experiments.pretrain --model vit_micro_patch6
+	$(BIN)/python -m fedmitr.experiments.pretrain --model vit_micro_deep
 
 # Notebook 09's table: up to 100 clients, and clients whose ViTs differ.
 scale: setup

@@ -8,6 +8,7 @@ from .labels import overview, token_labels
 from .methods import comparison, costs, weights
 from .scale import projection, scaling
 from .style import save, show
+from .transfer import pretraining
 
 __all__ = [
     "attention",
@@ -25,6 +26,7 @@ __all__ = [
     "panels",
     "per_class",
     "places",
+    "pretraining",
     "projection",
     "save",
     "scaling",

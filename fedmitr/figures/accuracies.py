@@ -11,11 +11,19 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from ..methods import described
-from .style import BLACK, BLUE, GREEN, ORANGE, SKY, VERMILLION, new_figure, styled, write_cells
+from .style import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, VERMILLION, new_figure, styled, write_cells
 
 _COLORS = {
     described(name).label: color
-    for name, color in {"fedmitr": VERMILLION, "ensemble": BLUE, "fedavg": ORANGE, "central": GREEN}.items()
+    for name, color in {
+        "fedmitr_plus": VERMILLION,
+        "fedmitr": BLACK,
+        "ridge": PINK,
+        "ensemble": BLUE,
+        "ensemble_statistics": SKY,
+        "fedavg": ORANGE,
+        "central": GREEN,
+    }.items()
 }
 
 

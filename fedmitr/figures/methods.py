@@ -5,7 +5,7 @@ knows, is drawn like any other.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,21 +15,23 @@ from matplotlib.lines import Line2D
 from sklearn.isotonic import isotonic_regression
 from torch import Tensor
 
-from ..methods import Method, described
+from ..experiments.statistics import REFERENCE
+from ..methods import Method, described, in_order
 from .clients import draw_counts
 from .style import BLACK, SKY, VERMILLION, new_figure, styled, write_cells
 
 _KEY = {
     "one model": {"marker": "D", "markerfacecolor": BLACK},
-    "all clients' blocks at every prediction": {"marker": "D", "markerfacecolor": "white"},
+    "several models run at every prediction": {"marker": "D", "markerfacecolor": "white"},
     "reference": {"marker": "s", "markerfacecolor": BLACK},
 }
-_TICKS = (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)  # of costs
+_TICKS = (0, 1, 10, 100, 1000, 10_000, 100_000)  # of costs
+_ROW, _GAP = 0.25, 0.5  # height of a row in inches; between families, in rows
 
 
 def _marker(method: Method) -> dict[str, str]:
     """Return how a method is drawn, as `_KEY` says: square for a reference, open for several models."""
-    color = VERMILLION if method.name == "fedmitr" else BLACK
+    color = VERMILLION if method.name == REFERENCE else BLACK
     shape, inside = "s" if method.is_reference else "D", color if method.single_model else "white"
     return {"marker": shape, "color": color, "markerfacecolor": inside}
 
@@ -53,101 +55,113 @@ def _spread(values: Sequence[float], gap: float, low: float, high: float) -> np.
     return moved
 
 
-def _draw_costs(axis: Axes, scores: pd.DataFrame, cost: pd.Series) -> None:
-    """Draw accuracy (columns mean, std) against a cost, both by method; logarithmic from 1 on, linear below.
-
-    Points that would cover each other are set side by side, with a bracket under those of one cost. The
-    limits of accuracy must be set before.
-    """
-    top = 2 * max(1, cost.max())
-    axis.set_xscale("symlog", linthresh=1, linscale=0.4)
-    axis.set(xlim=(-0.2, top), xticks=[t for t in _TICKS if t < top])
-    axis.xaxis.set_major_formatter("{x:g}")
-    table = scores.assign(cost=cost.round(1)).sort_values(["cost", "mean"])
-    to_share = axis.transScale + axis.transLimits  # of the axes' width and height
-    at = _spread(to_share.transform(table[["cost", "mean"]].to_numpy())[:, 0], 0.024, 0.03, 0.97)
-    for x, (method, row) in zip(at, table.iterrows(), strict=True):
-        across = {"transform": axis.get_yaxis_transform()}
-        axis.errorbar(x, row["mean"], row["std"], ms=5, lw=0.9, **_marker(described(method)), **across)
-    for value in table["cost"].unique():
-        same = table["cost"] == value
-        if same.sum() > 1:
-            ends = at[same].min() - 0.01, at[same].max() + 0.01
-            axis.plot(ends, [0.03, 0.03], color=BLACK, lw=1.2, transform=axis.transAxes)
-            axis.text(
-                sum(ends) / 2, 0.045, f"{value:g} each", ha="center", fontsize=9, transform=axis.transAxes
-            )
-    for here in (at < 0.5, at >= 0.5):
-        if here.any():
-            _name_points(axis, at[here], table["mean"][here])
-
-
-def _name_points(axis: Axes, at: np.ndarray, heights: pd.Series) -> None:
-    """Write methods' labels in a column beside their points, towards the middle, and join both by lines."""
-    left, (low, high) = at.max() < 0.5, axis.get_ylim()
-    edge, side = (at.max() + 0.05, "left") if left else (at.min() - 0.05, "right")
-    rows = _spread(heights, 0.062 * (high - low), low, high - 0.03 * (high - low))
-    across = {"transform": axis.get_yaxis_transform()}
-    for x, y, row, method in zip(at, heights, rows, heights.index, strict=True):
+def _rows(methods: Iterable[str]) -> dict[str, float]:
+    """Return the height of each method's row: family by family from the top, with a gap between families."""
+    heights, height, family = {}, 0.0, None
+    for method in in_order(methods):
         record = described(method)
-        color = _marker(record)["color"]
-        axis.plot([x, edge], [y, row], color="#999999", lw=0.6, zorder=0, **across)
-        axis.text(edge, row, record.label, ha=side, va="center", fontsize=9, color=color, **across)
+        height -= 1 + _GAP * (family not in (None, record.family))
+        heights[method], family = height, record.family
+    return heights
+
+
+def _name_rows(axes: Sequence[Axes], rows: Mapping[str, float]) -> None:
+    """Write labels of methods to the left of the first axes, and families to the right of the last."""
+    families: dict[str, list[float]] = {}
+    for method, height in rows.items():
+        families.setdefault(described(method).family, []).append(height)
+    axes[0].set_yticks(list(rows.values()), [described(name).label for name in rows])
+    for label, name in zip(axes[0].get_yticklabels(), rows, strict=True):
+        label.set_color(_marker(described(name))["color"])
+    axes[0].set_ylim(min(rows.values()) - 0.6, max(rows.values()) + 0.7)
+    for axis in axes:
+        axis.grid(axis="x", alpha=0.3)
+        axis.tick_params(axis="y", length=0)
+        for heights in list(families.values())[1:]:
+            axis.axhline(heights[0] + (1 + _GAP) / 2, color="#BBBBBB", lw=0.6)
+    for family, heights in families.items():
+        middle = sum(heights) / len(heights)
+        axes[-1].annotate(
+            family.replace(" ", "\n"),
+            (1.02, middle),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=9,
+            color="#555555",
+        )
+
+
+def _row_figure(width: float, panels: int, rows: Mapping[str, float]) -> tuple[Figure, np.ndarray]:
+    """Return a figure of panels side by side that share rows of methods, and its axes."""
+    figure = new_figure(width, 1.1 + _ROW * (2 - min(rows.values())))
+    return figure, figure.subplots(1, panels, squeeze=False, sharey=True)[0]
 
 
 @styled
 def comparison(table: pd.DataFrame) -> Figure:
     """Draw the accuracy of methods: seeds as dots, mean ± std, one panel for each setting.
 
-    table: a row a run, with the columns method, task, alpha, clients, seed and accuracy. The dots
-    of a method climb from its first seed to its last, so that none hides another.
+    table: a row a run, with the columns method, task, alpha, clients, seed and accuracy. Each dot is one
+    seed, in the order of seeds from the bottom, so that none hides another. Rows are those of `in_order`.
     """
-    settings = list(table.groupby(["task", "alpha", "clients"]))
-    figure = new_figure(8, 0.9 + len(settings) * (0.6 + 0.36 * table["method"].nunique()))
-    axes = figure.subplots(len(settings), 1, squeeze=False, sharex=True)[:, 0]
+    settings, rows = list(table.groupby(["task", "alpha", "clients"])), _rows(table["method"])
+    figure, axes = _row_figure(4.4 + 2.6 * min(2, len(settings)), len(settings), rows)
     for axis, ((task, alpha, clients), runs) in zip(axes, settings, strict=True):
-        scores = (
-            runs.groupby("method", sort=False)["accuracy"].agg(["mean", "std", "size"]).sort_values("mean")
-        )
-        for row, (method, score) in enumerate(scores.iterrows()):
-            dots = runs[runs["method"] == method].sort_values("seed")["accuracy"]
-            climb = row + np.linspace(0.2, 0.5, len(dots))
-            axis.plot(dots, climb, "o", color=SKY, ms=5, mec="white", mew=0.5, clip_on=False)
+        for method, own in runs.sort_values("seed").groupby("method")["accuracy"]:
+            heights = rows[method] + np.linspace(0.18, 0.45, len(own))
+            axis.plot(own, heights, "o", color=SKY, ms=4, mec="white", mew=0.4, clip_on=False)
             bar = _marker(described(method))
-            axis.errorbar(score["mean"], row, xerr=score["std"], capsize=3, markersize=5, **bar)
-        axis.set_yticks(range(len(scores)), [described(name).label for name in scores.index])
-        count = scores["size"].max()
+            axis.errorbar(own.mean(), rows[method], xerr=own.std(), capsize=2.5, markersize=4.5, **bar)
+        count = runs["seed"].nunique()
         seeds = "one seed" if count == 1 else f"{count} seeds"
-        axis.set(title=f"{task}, {clients} clients, α = {alpha:g}: {seeds}")
-        axis.set(xlim=(0, 1), ylim=(-0.5, len(scores) - 0.3))
-    axes[-1].set_xlabel("test accuracy: each seed (dots), mean ± standard deviation")
+        axis.set(title=f"{task}, {clients} clients\nα = {alpha:g}, {seeds}", xlim=(_floor(table), 1.01))
+    axes[len(axes) // 2].set_xlabel("test accuracy: each seed (dots), mean ± standard deviation")
+    _name_rows(axes, rows)
     _draw_key(figure)
     return figure
 
 
 @styled
 def costs(runs: pd.DataFrame, seconds: pd.DataFrame) -> Figure:
-    """Draw mean accuracy ± std over seeds against the server's seconds and all bytes, one point a method.
+    """Draw each method's mean accuracy ± std over seeds beside the server's seconds and all bytes.
 
-    runs, seconds: the two tables that `compare` writes.
+    runs, seconds: the two tables that `compare` writes. Costs are logarithmic from 1 on and linear below.
     """
-    scores = runs.groupby("method")["accuracy"].agg(["mean", "std"])
+    rows, scores = _rows(runs["method"]), runs.groupby("method")["accuracy"].agg(["mean", "std"])
     total = runs.assign(cost=(runs["upload_bytes"] + runs["download_bytes"]) / 1e6)
     panels = {
         "server's work (s)": seconds.groupby("method")["server_seconds"].mean(),
         "all messages, up and down (MB)": total.groupby("method")["cost"].mean(),
     }
-    figure = new_figure(9, 4.4)
-    axes = figure.subplots(1, 2, sharey=True)
-    lowest = (scores["mean"] - scores["std"].fillna(0)).min()
-    axes[0].set(ylim=(max(0, math.floor(10 * lowest - 1) / 10), 1.05))
-    for axis, (label, cost) in zip(axes, panels.items(), strict=True):
-        _draw_costs(axis, scores, cost)
-        axis.set(xlabel=label)
-    axes[0].set(ylabel="test accuracy, mean ± std", title="What the server computes")
-    axes[1].set(title="Bytes sent, up and down")
+    figure, axes = _row_figure(9, 3, rows)
+    axes[0].set(xlim=(_floor(runs), 1.01), xlabel="test accuracy, mean ± std")
+    for method, height in rows.items():
+        mean, std = scores.loc[method]
+        axes[0].errorbar(mean, height, xerr=std, ms=4.5, lw=0.9, **_marker(described(method)))
+    for axis, (label, cost) in zip(axes[1:], panels.items(), strict=True):
+        _cost_axis(axis, cost, label)
+        for method, height in rows.items():
+            axis.plot(cost[method], height, ms=4.5, ls="", clip_on=False, **_marker(described(method)))
+            axis.plot([0, cost[method]], [height, height], color="#BBBBBB", lw=0.8, zorder=0)
+    _name_rows(axes, rows)
     _draw_key(figure)
     return figure
+
+
+def _floor(runs: pd.DataFrame) -> float:
+    """Return the tenth below the lowest accuracy of any run, and below the lowest mean − std."""
+    scores = runs.groupby(["method", *({"alpha"} & set(runs))])["accuracy"].agg(["mean", "std"]).fillna(0)
+    lowest = min(runs["accuracy"].min(), (scores["mean"] - scores["std"]).min())
+    return max(0.0, math.floor(10 * lowest) / 10)
+
+
+def _cost_axis(axis: Axes, cost: pd.Series, label: str) -> None:
+    """Scale an axis for costs from 0 on: linear up to 1, then logarithmic."""
+    top = 2 * max(1, cost.max())
+    axis.set_xscale("symlog", linthresh=1, linscale=0.4)
+    axis.set(xlim=(0, top), xticks=[tick for tick in _TICKS if tick < top], xlabel=label)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
 
 
 @styled

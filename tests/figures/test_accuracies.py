@@ -6,15 +6,15 @@ import torch
 from matplotlib.colors import to_hex
 
 from fedmitr import figures
-from fedmitr.figures.style import BLUE, GREEN, ORANGE, VERMILLION
+from fedmitr.figures.style import BLACK, BLUE, GREEN, ORANGE, VERMILLION
 
 
 def test_a_bar_has_the_colour_of_its_method_and_grey_for_any_other(drawn):
-    names = ["FedMITR", "FedMITR, dense", "ensemble", "FedAvg", "central", "mine"]
+    names = ["FedMITR+", "FedMITR+, dense", "FedMITR", "ensemble", "FedAvg", "central", "mine"]
     (axis,) = drawn(figures.bars(dict.fromkeys(names, 0.5), chance=0.25)).axes
     colors = [to_hex(bar.get_facecolor()).upper() for bar in axis.patches]
-    assert colors == [VERMILLION, VERMILLION, BLUE, ORANGE, GREEN, "#999999"]
-    assert [t.get_text() for t in axis.texts] == ["0.50"] * 6 + [" guessing"]
+    assert colors == [VERMILLION, VERMILLION, BLACK, BLUE, ORANGE, GREEN, "#999999"]
+    assert [t.get_text() for t in axis.texts] == ["0.50"] * 7 + [" guessing"]
     assert len(figures.bars({"mine": 0.5}, chance=None).axes[0].texts) == 1
 
 

@@ -1,4 +1,4 @@
-"""methods.py: every seed is drawn, no label covers another, and any method is drawn."""
+"""methods.py: every seed is drawn, rows by family, no text covers another, and any method is drawn."""
 
 from itertools import combinations
 
@@ -12,10 +12,8 @@ from hypothesis import strategies as st
 
 from fedmitr import figures
 from fedmitr.figures.methods import _spread
-from fedmitr.figures.style import BLACK
-from fedmitr.methods import METHODS, Method, register
-
-LABELS = sorted(record.label for record in METHODS.values())
+from fedmitr.figures.style import BLACK, VERMILLION
+from fedmitr.methods import METHODS, Method, in_order, register
 
 
 def markers(figure, shape):
@@ -24,16 +22,64 @@ def markers(figure, shape):
     return [(ln.get_markerfacecolor(), *xy) for ln in lines for xy in ln.get_xydata()]
 
 
+def rows_of(figure):
+    """Label of each row -> its height."""
+    axis = figure.axes[0]
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    return dict(zip(labels, axis.get_yticks(), strict=True))
+
+
+def row_of(line, rows):
+    """The label of the row whose marker this is."""
+    (name,) = [name for name, height in rows.items() if line.get_ydata()[0] == height]
+    return name
+
+
 def test_every_seed_is_a_dot_of_its_own_and_several_models_are_open(table, drawn):
     tied = table.assign(accuracy=table["accuracy"].round(1))  # many seeds agree
     figure = drawn(figures.comparison(tied))
     dots = markers(figure, "o")
     assert sorted(x for _, x, _ in dots) == sorted(tied["accuracy"])
     assert len({(x, y) for _, x, y in dots}) == len(tied)
-    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    faces = {names[round(y)]: face for shape in "Ds" for face, _, y in markers(figure, shape)}
-    assert {name for name, face in faces.items() if face == "white"} == {"FuseFL", "ensemble"}
-    assert faces["DENSE"] == BLACK
+    heights = {height: name for name, height in rows_of(figure).items()}
+    faces = {heights[y]: face for shape in "Ds" for face, _, y in markers(figure, shape)}
+    several = {record.label for record in METHODS.values() if not record.single_model}
+    assert {name for name, face in faces.items() if face == "white"} == several
+    assert faces["DENSE"] == faces["FedMITR"] == BLACK and faces["FedMITR+"] == VERMILLION
+
+
+def test_rows_stand_family_by_family_and_each_family_is_named(table, drawn):
+    shuffled = table.sample(frac=1, random_state=0)
+    for figure in (drawn(figures.comparison(shuffled)), drawn(figures.costs(shuffled, shuffled))):
+        rows = rows_of(figure)
+        assert list(rows) == [METHODS[name].label for name in in_order(METHODS)]
+        heights = list(rows.values())
+        assert (np.diff(heights) < 0).all()
+        families = {text.get_text().replace("\n", " "): text for text in figure.axes[-1].texts}
+        for family, text in families.items():
+            own = [rows[r.label] for r in METHODS.values() if r.family == family]
+            assert text.xy[1] == pytest.approx(sum(own) / len(own))
+        assert set(families) == {record.family for record in METHODS.values()}
+
+
+@pytest.mark.parametrize("draw", ["comparison", "costs", "skews"])
+def test_no_text_covers_another(table, draw, drawn):
+    if draw == "costs":
+        figure = drawn(figures.costs(table, table))
+    else:
+        skews = (0.05, 0.1, 0.3) if draw == "skews" else (0.1,)
+        figure = drawn(figures.comparison(pd.concat([table.assign(alpha=alpha) for alpha in skews])))
+    first, last = figure.axes[0], figure.axes[-1]
+    texts = [*first.get_yticklabels(), *last.texts, *(axis.xaxis.label for axis in figure.axes)]
+    for axis in figure.axes:
+        low, high = axis.get_xlim()  # ticks beyond them are not drawn
+        texts += [axis.title, *(t for t in axis.get_xticklabels() if low <= t.get_position()[0] <= high)]
+    texts += figure.legends[0].get_texts()
+    boxes = [t.get_window_extent() for t in texts if t.get_text() and t.get_visible()]
+    assert len(boxes) > len(METHODS)
+    assert not [pair for pair in combinations(boxes, 2) if pair[0].overlaps(pair[1])]
+    edge = figure.bbox
+    assert all(b.x0 >= edge.x0 and b.x1 <= edge.x1 and b.y0 >= edge.y0 and b.y1 <= edge.y1 for b in boxes)
 
 
 def test_the_comparison_is_drawn_of_older_files_and_of_methods_without_a_name(table):
@@ -41,30 +87,32 @@ def test_the_comparison_is_drawn_of_older_files_and_of_methods_without_a_name(ta
         table["method"].isin(["fedmitr", "local"]), ["method", "task", "alpha", "clients", "seed"]
     ]
     few = pd.concat([few, few.assign(method="mine")]).assign(accuracy=0.5)
-    names = [label.get_text() for label in figures.comparison(few).axes[0].get_yticklabels()]
-    assert sorted(names) == ["FedMITR", "local", "mine"]
+    assert list(rows_of(figures.comparison(few))) == ["FedMITR", "mine", "local"]
 
 
-@pytest.mark.parametrize("seeds", [1, 5])
-def test_costs_name_every_method_and_nothing_covers_a_name(table, seeds, drawn):
-    table = table[table["seed"] < seeds]
-    figure = drawn(figures.costs(table, table))
-    for axis in figure.axes:
-        texts = [t for t in axis.texts if not t.get_text().endswith("each")]
-        assert sorted(t.get_text() for t in texts) == LABELS
-        boxes = [t.get_window_extent() for t in axis.texts]
-        assert not [pair for pair in combinations(boxes, 2) if pair[0].overlaps(pair[1])]
-        points = [ln for ln in axis.lines if ln.get_marker() in "Ds"]
-        at = np.array([ln.get_transform().transform(ln.get_xydata())[0] for ln in points])  # pixels
-        assert not [(b, xy) for b in boxes for xy in at if b.contains(*xy)]
-        gaps = np.linalg.norm(at[:, None] - at[None], axis=2) + 1e3 * np.eye(len(at))
-        assert gaps.min() > 5 * figure.dpi / 72  # a marker is five points wide
+def test_a_panel_for_each_skew_shares_its_rows(table):
+    one = table["method"].ne("ridge")  # at one skew a method is missing
+    figure = figures.comparison(pd.concat([table.assign(alpha=0.05), table[one].assign(alpha=0.3)]))
+    titles = [axis.get_title().splitlines()[1] for axis in figure.axes]
+    assert titles == ["α = 0.05, 5 seeds", "α = 0.3, 5 seeds"]
+    counts = [sum(line.get_marker() in "Ds" for line in axis.lines) for axis in figure.axes]
+    assert counts == [len(METHODS), len(METHODS) - 1]
 
 
-def test_costs_bracket_the_methods_of_one_cost(table, drawn):
-    left, right = drawn(figures.costs(table, table)).axes
-    assert not [t for t in left.texts if t.get_text().endswith("each")]
-    assert [t.get_text() for t in right.texts if t.get_text().endswith("each")] == ["12 each"]
+def test_costs_are_the_means_of_the_tables(table, drawn):
+    for seeds in (1, 5):
+        some = table[table["seed"] < seeds]
+        figure = drawn(figures.costs(some, some))
+        rows, means = rows_of(figure), some.groupby("method").mean(numeric_only=True)
+        sent = (means["upload_bytes"] + means["download_bytes"]) / 1e6
+        wanted = means["accuracy"], means["server_seconds"], sent
+        for axis, values in zip(figure.axes, wanted, strict=True):
+            points = {row_of(line, rows): line for line in axis.lines if line.get_marker() in "Ds"}
+            assert points.keys() == rows.keys()
+            for name, value in values.items():
+                at = points[METHODS[name].label].get_xdata()[0]
+                assert at == pytest.approx(value)
+                assert axis.get_xlim()[0] <= at <= axis.get_xlim()[1]
 
 
 @given(
@@ -103,11 +151,11 @@ def with_others():
         yield comparison_table(["fedmitr", "mine", "theirs", "central"])
 
 
-def drawn_as(figure, label, axis=0):
+def drawn_as(figure, label):
     """Marker and face of a method in a comparison, by its label."""
-    labels = [text.get_text() for text in figure.axes[axis].get_yticklabels()]
-    lines = [line for line in figure.axes[axis].lines if line.get_marker() in ("D", "s")]
-    (line,) = [line for line in lines if round(line.get_ydata()[0]) == labels.index(label)]
+    rows = rows_of(figure)
+    lines = [line for line in figure.axes[0].lines if line.get_marker() in ("D", "s")]
+    (line,) = [line for line in lines if row_of(line, rows) == label]
     return line.get_marker(), line.get_markerfacecolor()
 
 
@@ -119,9 +167,9 @@ def test_a_comparison_draws_a_users_methods_as_their_records_say(with_others, dr
 
 
 def test_costs_draw_a_users_methods_too(with_others, drawn):
-    for axis in drawn(figures.costs(with_others, with_others)).axes:
-        told = {text.get_text() for text in axis.texts if not text.get_text().endswith("each")}
-        assert told == {"FedMITR", "My method", "theirs", "central"}
+    figure = drawn(figures.costs(with_others, with_others))
+    assert list(rows_of(figure)) == ["FedMITR", "theirs", "central", "My method"]
+    for axis in figure.axes:
         assert len([line for line in axis.lines if line.get_marker() in ("D", "s")]) == 4
 
 
@@ -137,5 +185,5 @@ def test_the_key_says_what_the_markers_of_the_shipped_methods_mean(table, drawn)
     key = {t.get_text(): h for t, h in zip(legend.get_texts(), legend.legend_handles, strict=True)}
     shown = {name: (line.get_marker(), line.get_markerfacecolor()) for name, line in key.items()}
     assert shown["one model"] == drawn_as(figure, "FedAvg")
-    assert shown["all clients' blocks at every prediction"] == drawn_as(figure, "FuseFL")
+    assert shown["several models run at every prediction"] == drawn_as(figure, "FuseFL")
     assert shown["reference"] == drawn_as(figure, "central")

@@ -15,54 +15,67 @@ import pandas as pd
 from fedmitr.core.machine import native_bf16
 from fedmitr.core.paths import default_store, home
 from fedmitr.experiments.compare import seconds_file
-from fedmitr.experiments.statistics import interval, skew_table, summarise
+from fedmitr.experiments.statistics import (
+    GAP,
+    HALF,
+    LABEL,
+    REFERENCE,
+    account_table,
+    summarise,
+)
+from fedmitr.methods import described, in_order
 from fedmitr.settings import Settings
 
 RESULTS = home() / "results" / "comparison.csv"
 SKEWS = home() / "results" / "skews.csv"
 START, END = "<!-- results: ", "<!-- /results -->"
+COSTS = ["exchanges", "MB up", "server seconds"]
 
 
-def accuracy_table(runs: pd.DataFrame) -> str:
-    """Mean ± std over seeds, and the paired difference to FedMITR, best first."""
-    table = summarise(runs).sort_values("mean", ascending=False)
-    lines = ["| method | test accuracy, mean ± std | minus FedMITR, mean [95 %] |", "|---|---|---|"]
-    for method, row in table.iterrows():
-        lines.append(f"| {method} | {row['mean']:.3f} ± {row['std']:.3f} | {interval(row)} |")
+def markdown(table: pd.DataFrame) -> str:
+    """A table of text, indexed by family and method, in Markdown; a family is named in its first row."""
+    lines = ["| " + " | ".join([*table.index.names, *table.columns]) + " |"]
+    lines += ["|---" * (len(table.columns) + 2) + "|"]
+    last = None
+    for (family, method), row in zip(table.index, table.to_numpy(), strict=True):
+        lines.append("| " + " | ".join(["" if family == last else family, method, *row]) + " |")
+        last = family
     return "\n".join(lines)
 
 
-def skews_table(runs: pd.DataFrame) -> str:
-    """`skew_table` in Markdown, under a line that says what it is."""
-    table = skew_table(runs)
-    lines = [
-        f"The same at other skews, from seed {runs['seed'].min()} on: mean ± std, minus FedMITR [95 %].",
-        "",
-    ]
-    lines += ["| method | " + " | ".join(table.columns) + " |", "|---" * (len(table.columns) + 1) + "|"]
-    lines += [f"| {method} | " + " | ".join(row) + " |" for method, row in table.iterrows()]
-    return "\n".join(lines)
+def accuracy_table(runs: pd.DataFrame, seconds: pd.DataFrame, skews: pd.DataFrame) -> str:
+    """Accuracy over seeds, the paired difference to FedMITR+, what a run costs, accuracy at other skews."""
+    table = account_table(runs, seconds)[["accuracy", f"{GAP} [95 %]", *COSTS]]
+    for alpha in sorted(set(skews["alpha"]) - set(runs["alpha"])):
+        scores = summarise(skews[skews["alpha"] == alpha]).reindex(in_order(runs["method"]))
+        cells = [f"{mean:.3f} ± {std:.3f}" for mean, std in scores[["mean", "std"]].to_numpy()]
+        table[f"α = {alpha:g}"] = cells
+    return markdown(table)
 
 
 def verdict(runs: pd.DataFrame) -> str:
-    """Which methods the seeds tell apart from FedMITR, and which not."""
-    table = summarise(runs).drop("fedmitr")
-    unclear = table["minus fedmitr"].abs() <= table["± 95 %"]
-    same, other = (", ".join(table[rows].index) or "none" for rows in (unclear, ~unclear))
-    return f"These seeds do not tell FedMITR apart from {same}; they do from {other}."
+    """Which methods the seeds put above and below FedMITR+, and which they do not tell apart from it."""
+    table = summarise(runs)
+    if REFERENCE not in table.index:
+        return f"There is no run of {LABEL} to compare with."
+    table = table[[name != REFERENCE and not described(name).is_reference for name in table.index]]
+    parts = {
+        "above zero for": table[GAP] > table[HALF],
+        "below zero for": -table[GAP] > table[HALF],
+        "on both sides of it for": table[GAP].abs() <= table[HALF],
+    }
+    told = {what: ", ".join(described(n).label for n in table[rows].index) for what, rows in parts.items()}
+    said = "; ".join(f"{what} {names or 'none'}" for what, names in told.items())
+    return f"The interval of the difference to {LABEL} lies {said} ({len(table)} intervals at once)."
 
 
 def times(store: Path, executed: Path) -> str:
-    """Mean seconds of each stage over the stored runs, of all runs, and of the last `make reproduce`."""
+    """Mean seconds of each stage over the stored runs, and of the last `make reproduce`."""
     runs = [json.loads(p.read_text()) for p in store.glob("runs/*/result.json")]
     usual = Settings.load("laptop").model_dump(mode="json") | {"seed": 0}
     runs = [r for r in runs if r["settings"] | {"seed": 0} == usual]  # others are of sweeps and notebooks
-    seconds = pd.DataFrame([r["seconds"] for r in runs if r["method"] in ("fedmitr", "central")]).mean()
+    seconds = pd.DataFrame([r["seconds"] for r in runs if r["method"] in (REFERENCE, "central")]).mean()
     stages = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
-    all_runs = pd.read_csv(seconds_file(RESULTS))
-    clients = all_runs[all_runs["method"] == "fedmitr"]["client_seconds"].sum()
-    clients += all_runs[all_runs["method"] == "fusefl"]["client_seconds"].sum()  # it trains them its own way
-    together = clients + all_runs["server_seconds"].sum()
     books = [nbformat.read(p, as_version=4) for p in sorted(executed.glob("*.ipynb"))]
     total = sum(b.metadata["papermill"]["duration"] for b in books)
     products = "bfloat16" if native_bf16() else "float32"
@@ -70,9 +83,8 @@ def times(store: Path, executed: Path) -> str:
         f"{os.cpu_count()} cores ({platform.machine()}, {platform.system()}), no GPU, {products} products"
     )
     return (
-        f"Measured on {machine}, in seconds of one process with one thread. One run: {stages}. All runs of "
-        f"this table: {together / 60:.0f} minutes of processing, spread over one process per core. "
-        f"`make reproduce`, {len(books)} notebooks from an empty store, after set-up: "
+        f"Measured on {machine}, in seconds of one process with one thread. One run of {LABEL}, and central "
+        f"training: {stages}. `make reproduce`, {len(books)} notebooks from an empty store, after set-up: "
         f"{total / 60:.1f} minutes."
     )
 
@@ -83,22 +95,23 @@ def fill(readme: str, text: str) -> str:
     return pattern.sub(lambda m: m[1] + text + "\n" + m[2], readme)
 
 
-def caption(runs: pd.DataFrame) -> str:
-    """Which runs the table shows."""
-    seeds, first = sorted(runs["seed"].unique()), runs.iloc[0]
+def caption(runs: pd.DataFrame, skews: pd.DataFrame) -> str:
+    """Which runs the table shows, and what its columns are."""
+    (seeds, others), first = (sorted(part["seed"].unique()) for part in (runs, skews)), runs.iloc[0]
     return (
-        f"Task `{first['task']}`, {first['clients']} clients, Dirichlet α = {first['alpha']}, "
-        f"profile laptop, {len(seeds)} seeds ({seeds[0]} to {seeds[-1]}):"
+        f"Task `{first['task']}`, {first['clients']} clients, Dirichlet α = {first['alpha']}, profile "
+        f"laptop, seeds {seeds[0]} to {seeds[-1]}; the columns of other α: seeds {others[0]} to {others[-1]}. Test "
+        "accuracy, mean ± std over seeds; MB of all clients together; \\* runs several models at every "
+        "prediction."
     )
 
 
 def main() -> None:
-    runs = pd.read_csv(RESULTS)
+    runs, seconds, skews = (pd.read_csv(path) for path in (RESULTS, seconds_file(RESULTS), SKEWS))
     measured = times(default_store(), home() / "reproduced" / "laptop" / "notebooks")
     readme = home() / "README.md"
-    skews = skews_table(pd.read_csv(SKEWS))
-    text = f"{caption(runs)}\n\n{accuracy_table(runs)}\n\n{verdict(runs)}\n\n{skews}\n\n{measured}"
-    readme.write_text(fill(readme.read_text(), text))
+    parts = caption(runs, skews), accuracy_table(runs, seconds, skews), verdict(runs), measured
+    readme.write_text(fill(readme.read_text(), "\n\n".join(parts)))
 
 
 if __name__ == "__main__":

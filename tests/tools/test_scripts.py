@@ -8,12 +8,15 @@ from types import ModuleType
 
 import flower_processes
 import nbformat
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
 from click.testing import CliRunner
+from helpers import comparison_table
 
 from fedmitr.core.paths import home
+from fedmitr.experiments.compare import seconds_file
 from fedmitr.experiments.headline import HEADLINE, record
 from fedmitr.experiments.reproduce import notebooks
 from fedmitr.settings import Settings
@@ -45,7 +48,7 @@ def checkout(tmp_path, monkeypatch):
     run.parent.mkdir(parents=True)
     settings = Settings.load("laptop").model_dump(mode="json")
     seconds = {"inversion": 12.0, "distillation": 7.0}
-    run.write_text(json.dumps({"method": "fedmitr", "settings": settings, "seconds": seconds}))
+    run.write_text(json.dumps({"method": "fedmitr_plus", "settings": settings, "seconds": seconds}))
     executed = tmp_path / "reproduced" / "laptop" / "notebooks"
     executed.mkdir(parents=True)
     book = nbformat.v4.new_notebook(metadata={"papermill": {"duration": 90.0}})
@@ -60,9 +63,51 @@ def test_readme_writes_the_shipped_results_and_measured_times(checkout, monkeypa
     script.main()
     text = (checkout / "README.md").read_text()
     assert text.startswith("before\n") and text.endswith("<!-- /results -->\nafter\n") and "old" not in text
-    assert script.accuracy_table(pd.read_csv(script.RESULTS)) in text
-    assert "One run: inversion 12 s, distillation 7 s." in text
+    runs = pd.read_csv(script.RESULTS)
+    assert script.accuracy_table(*tables(script)) in text and script.verdict(runs) in text
+    assert "One run of FedMITR+, and central training: inversion 12 s, distillation 7 s." in text
     assert "1 notebooks from an empty store, after set-up: 1.5 minutes" in text
+
+
+def tables(script: ModuleType) -> list[pd.DataFrame]:
+    """The shipped tables that the README shows."""
+    return [pd.read_csv(path) for path in (script.RESULTS, seconds_file(script.RESULTS), script.SKEWS)]
+
+
+def test_readme_s_table_tells_accuracies_costs_and_other_skews_family_by_family():
+    script, runs = load("readme"), comparison_table(["central", "fedmitr_plus", "ridge", "lda"])
+    skews = pd.concat([runs, runs.assign(alpha=0.5, accuracy=runs["accuracy"] / 2)])
+    head, line, *rows = script.accuracy_table(runs, runs, skews).splitlines()
+    assert head.startswith(
+        "| family | method | accuracy | minus FedMITR+ [95 %] | exchanges | MB up | server s"
+    )
+    assert head.endswith("| α = 0.5 |") and line.count("|") == head.count("|")
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[:2] for row in cells] == [
+        ["statistics", "ridge"],
+        ["", "LDA"],
+        ["synthetic images", "FedMITR+"],
+        ["reference", "central"],
+    ]
+    own = runs[runs["method"] == "lda"]["accuracy"]
+    assert cells[1][2] == f"{own.mean():.3f} ± {own.std():.3f}" and cells[1][4:7] == ["1", "6.00", "60.0"]
+    assert cells[1][7] == f"{own.mean() / 2:.3f} ± {own.std() / 2:.3f}"
+
+
+def test_readme_s_verdict_is_the_intervals():
+    script, rows = load("readme"), []
+    rng = np.random.default_rng(0)
+    level = dict(fedmitr_plus=0.8, ridge=0.95, fedavg=0.5, dense=0.8, central=0.99)
+    for method, mean in level.items():
+        rows += [
+            dict(method=method, seed=s, alpha=0.1, accuracy=mean + rng.normal(0, 0.02)) for s in range(6)
+        ]
+    runs = pd.DataFrame(rows)
+    assert script.verdict(runs) == (
+        "The interval of the difference to FedMITR+ lies above zero for ridge; below zero for FedAvg; on "
+        "both sides of it for DENSE (3 intervals at once)."
+    )
+    assert "no run of FedMITR+" in script.verdict(runs[runs["method"] != "fedmitr_plus"])
 
 
 # publish.py

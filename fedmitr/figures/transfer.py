@@ -1,23 +1,17 @@
 """How much the start decides: accuracy of methods against the pretraining of the shared model."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sklearn.isotonic import isotonic_regression
 
 from ..methods import described
-from .methods import _spread
-from .style import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, VERMILLION, new_figure, styled
+from .accuracies import _COLORS
+from .style import new_figure, styled
 
-_COLORS = {
-    "ridge": PINK,
-    "ensemble": BLUE,
-    "ensemble_statistics": SKY,
-    "fedavg": ORANGE,
-    "fedmitr": VERMILLION,
-    "fedmitr_plus": BLACK,
-    "central": GREEN,
-}
-_OTHER = "#777777"
 _GAP = 0.055  # between the labels of lines, as a share of the axes' height
 _SIDE = 0.0075  # between the dots of two methods, as a share of the axes' width
 
@@ -39,7 +33,7 @@ def pretraining(table: pd.DataFrame) -> Figure:
     axis.minorticks_off()
     means = table.pivot_table(index="steps", columns="method", values="accuracy", sort=False).sort_index()
     for number, method in enumerate(means):
-        color = _COLORS.get(method, _OTHER)
+        color = _color(method)
         style = "o--" if described(method).is_reference else "o-"
         axis.plot(means.index, means[method], style, ms=4, lw=1.4, color=color, clip_on=False)
         _draw_seeds(axis, table[table["method"] == method], _SIDE * (number - (len(means.columns) - 1) / 2))
@@ -50,11 +44,16 @@ def pretraining(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def _color(method: str) -> str:
+    """Return the colour of a method, the same as that of its bar; grey for one without."""
+    return _COLORS.get(described(method).label, "#777777")
+
+
 def _draw_seeds(axis: Axes, runs: pd.DataFrame, aside: float) -> None:
     """Draw one method's seeds as dots, beside their steps by a share of the axes' width."""
     to_share = axis.transScale + axis.transLimits
     at = to_share.transform(runs[["steps", "accuracy"]].to_numpy())[:, 0] + aside
-    color = _COLORS.get(runs["method"].iloc[0], _OTHER)
+    color = _color(runs["method"].iloc[0])
     across = axis.get_yaxis_transform()
     axis.plot(at, runs["accuracy"], "o", ms=2.6, alpha=0.45, color=color, mew=0, transform=across)
 
@@ -67,6 +66,19 @@ def _name_lines(axis: Axes, means: pd.DataFrame) -> None:
     last = (axis.transScale + axis.transLimits).transform((means.index[-1], 0))[0]
     across = {"transform": axis.get_yaxis_transform(), "clip_on": False}
     for method, end, row in zip(means, ends, rows, strict=True):
-        color = _COLORS.get(method, _OTHER)
+        color = _color(method)
         axis.plot([last, 1.04], [end, row], color=color, lw=0.6, alpha=0.6, zorder=0, **across)
         axis.text(1.05, row, described(method).label, va="center", fontsize=9, color=color, **across)
+
+
+def _spread(values: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
+    """Move values as little as possible so that they lie at least `gap` apart in [low, high].
+
+    Their order stays, so this is the least-squares fit of a rising sequence (isotonic regression).
+    """
+    order = np.argsort(values, kind="stable")
+    steps = gap * np.arange(len(order))
+    apart = isotonic_regression(np.asarray(values)[order] - steps, y_min=low, y_max=high - steps[-1]) + steps
+    moved = np.empty(len(order))
+    moved[order] = apart
+    return moved

@@ -7,8 +7,8 @@ without images gets W = 0 and a bias below all others' scores could be, so that 
 from collections.abc import Sequence
 
 import torch
-from scipy.linalg import eigh
 from torch import Tensor
+from torch.linalg import solve_triangular
 
 from ..core.errors import BadInput
 from ..upload import Statistics, Upload, add_up
@@ -49,7 +49,7 @@ def ridge(statistics: Statistics, penalty: float) -> Head:
     gram = n * covariance / (scale[:, None] * scale)  # X̃ᵀ X̃
     cross = (statistics.sums - counts[:, None] * mean) / scale  # Yᵀ X̃ (C, D)
     # W̃ = Yᵀ X̃ (X̃ᵀ X̃ + λ I)⁻¹; the intercept is the classes' frequency, as X̃ has mean zero
-    factor = torch.linalg.cholesky(gram + penalty * torch.eye(len(gram), dtype=torch.double))
+    factor = cholesky(gram + penalty * torch.eye(len(gram), dtype=torch.double), "statistics.ridge")
     weight = torch.cholesky_solve(cross.T, factor).T / scale  # (C, D)
     return without_absent(weight, counts / n - weight @ mean, statistics.counts)
 
@@ -69,7 +69,7 @@ def lda(statistics: Statistics, shrinkage: float) -> Head:
     S is the scatter within classes over n; shrinkage: γ in (0, 1] (FedCGS, Guan et al., AAAI 2025).
     """
     means, covariance = class_gaussians(statistics, shrinkage)
-    weight = torch.linalg.solve(covariance, means.T).T  # (C, D)
+    weight = torch.cholesky_solve(means.T, cholesky(covariance, "lda.shrinkage")).T  # (C, D)
     priors = (statistics.counts.double() / statistics.size).clamp(min=torch.finfo(torch.double).tiny)
     return without_absent(weight, priors.log() - (weight * means).sum(1) / 2, statistics.counts)
 
@@ -110,10 +110,23 @@ def fisher_directions(statistics: Statistics, covariance: Tensor, energy: float)
     They solve the generalised eigenproblem S_B v = λ Σ v, S_B the scatter of class means weighted by
     frequency; the first k that make up `energy` of Σ λ are kept, at least one (Fisher 1936).
     """
-    counts = statistics.counts.double()
+    shares = statistics.counts.double() / statistics.size
     centred = class_means(statistics) - statistics.sums.sum(0) / statistics.size  # (C, D)
-    between = centred.T @ (centred * (counts / statistics.size)[:, None])  # (D, D)
-    values, vectors = (torch.from_numpy(found) for found in eigh(between.numpy(), covariance.numpy()))
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    enough = (values.cumsum(0) >= energy * values.sum()).nonzero()[0, 0]
-    return vectors[:, : int(enough) + 1]
+    spread = (centred * shares.sqrt()[:, None]).T  # B (D, C), S_B = B Bᵀ
+    factor = cholesky(covariance, "fishermix.shrinkage")  # L, Σ = L Lᵀ
+    # with v = L⁻ᵀ u the problem is that of L⁻¹ B: u are its left singular vectors, λ its squared values
+    vectors, values, _ = torch.linalg.svd(solve_triangular(factor, spread, upper=False), full_matrices=False)
+    held = values.square().cumsum(0)
+    enough = int((held >= energy * held[-1]).nonzero()[0])
+    return solve_triangular(factor.T, vectors[:, : enough + 1], upper=True)
+
+
+def cholesky(matrix: Tensor, setting: str) -> Tensor:
+    """Return the Cholesky factor of a covariance (D, D), which `setting` has raised above zero.
+
+    Raises BadInput where rounding, or a client that made its sums up, takes away more.
+    """
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:
+        raise BadInput(f"{setting} is too small for these statistics: their covariance is not definite")
+    return factor

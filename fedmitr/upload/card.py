@@ -76,7 +76,7 @@ class Card(BaseModel):
     """The metadata of an upload: client number, n_k, model shape and, if sent, c_k; which parts are sent.
 
     weights: whether weights are sent; without them, shape is that of the shared model. features: what the
-    statistics are sums of, None where none are sent.
+    statistics are sums of, None where none are sent. A card of weights alone does not mention either.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -84,8 +84,8 @@ class Card(BaseModel):
     size: int = Field(strict=True, ge=1, le=2**53)  # n_k, exact as a float
     shape: ModelShape
     class_counts: tuple[StrictInt, ...] | None = None  # c_k
-    weights: bool = Field(default=True, strict=True)
-    features: Features | None = None
+    weights: bool = Field(default=True, strict=True, exclude_if=lambda sent: sent)
+    features: Features | None = Field(default=None, exclude_if=lambda features: features is None)
 
     @property
     def bytes(self) -> int:

@@ -100,7 +100,7 @@ def caption(runs: pd.DataFrame, skews: pd.DataFrame) -> str:
     (seeds, others), first = (sorted(part["seed"].unique()) for part in (runs, skews)), runs.iloc[0]
     return (
         f"Task `{first['task']}`, {first['clients']} clients, Dirichlet α = {first['alpha']}, profile "
-        f"laptop, seeds {seeds[0]} to {seeds[-1]}; the columns of other α: seeds {others[0]} to {others[-1]}. Test "
+        f"laptop, seeds {seeds[0]} to {seeds[-1]} (other α: {others[0]} to {others[-1]}). Test "
         "accuracy, mean ± std over seeds; MB of all clients together; \\* runs several models at every "
         "prediction."
     )

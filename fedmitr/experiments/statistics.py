@@ -106,6 +106,7 @@ def account_table(runs: pd.DataFrame, seconds: pd.DataFrame) -> pd.DataFrame:
             "accuracy": f"{score['mean']:.3f}" + ("" if alone else f" ± {score['std']:.3f}"),
             f"{GAP} [95 %]": interval(score),
             "exchanges": f"{cost['exchanges']:.0f}",
+            "models a prediction": "1" if described(method).single_model else "K",
             "MB up": f"{cost['upload_bytes'] / 1e6:.2f}",
             "MB down": f"{cost['download_bytes'] / 1e6:.2f}",
             "server seconds": f"{cost['server_seconds']:.1f}",

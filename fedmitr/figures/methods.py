@@ -12,7 +12,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from sklearn.isotonic import isotonic_regression
 from torch import Tensor
 
 from ..experiments.statistics import REFERENCE
@@ -40,19 +39,6 @@ def _draw_key(figure: Figure) -> None:
     """Draw below the axes what the markers of methods mean."""
     handles = [Line2D([], [], ls="", ms=5, color=BLACK, label=label, **how) for label, how in _KEY.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, handletextpad=0.2)
-
-
-def _spread(values: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
-    """Move values as little as possible so that they lie at least `gap` apart in [low, high].
-
-    Their order stays, so this is the least-squares fit of a rising sequence (isotonic regression).
-    """
-    order = np.argsort(values, kind="stable")
-    steps = gap * np.arange(len(order))
-    apart = isotonic_regression(np.asarray(values)[order] - steps, y_min=low, y_max=high - steps[-1]) + steps
-    moved = np.empty(len(order))
-    moved[order] = apart
-    return moved
 
 
 def _rows(methods: Iterable[str]) -> dict[str, float]:

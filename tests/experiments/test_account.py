@@ -38,6 +38,7 @@ def test_the_table_tells_what_the_files_hold(files):
     assert told.loc["dense", "minus FedMITR+ [95 %]"].startswith(f"{scores.loc['dense', GAP]:+.3f} [")
     assert told.loc["fedmitr_plus", "minus FedMITR+ [95 %]"] == ""
     assert tuple(told.loc["dense", ["MB up", "MB down", "MFLOP a prediction"]]) == ("6.00", "6.00", "24")
+    assert list(told.loc[["dense", "fusefl"], "models a prediction"]) == ["1", "K"]
     assert told.loc["fusefl", "MFLOP a prediction"] == "120 (5.0×)"
     assert told.loc["dense", "server seconds"] == f"{20 * list(METHODS).index('dense'):.1f}"
 

@@ -7,11 +7,8 @@ import pandas as pd
 import pytest
 import torch
 from helpers import comparison_table, registrations_taken_back
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fedmitr import figures
-from fedmitr.figures.methods import _spread
 from fedmitr.figures.style import BLACK, VERMILLION
 from fedmitr.methods import METHODS, Method, in_order, register
 
@@ -113,22 +110,6 @@ def test_costs_are_the_means_of_the_tables(table, drawn):
                 at = points[METHODS[name].label].get_xdata()[0]
                 assert at == pytest.approx(value)
                 assert axis.get_xlim()[0] <= at <= axis.get_xlim()[1]
-
-
-@given(
-    st.lists(st.floats(-0.2, 1.2), min_size=1, max_size=12),
-    st.floats(0.0, 0.05),
-)
-def test_spread_keeps_order_gap_and_limits(values, gap):
-    moved = _spread(values, gap, 0.0, 1.0)
-    order = np.argsort(values, kind="stable")
-    assert (np.diff(moved[order]) >= gap - 1e-9).all()
-    assert moved.min() >= -1e-9 and moved.max() <= 1 + 1e-9
-
-
-def test_spread_moves_nothing_that_is_apart_already():
-    assert _spread([0.9, 0.1, 0.5], 0.1, 0, 1).tolist() == pytest.approx([0.9, 0.1, 0.5])
-    assert _spread([0.5, 0.5], 0.1, 0, 1).tolist() == pytest.approx([0.45, 0.55])
 
 
 def test_weights_are_written_as_per_cent(drawn):

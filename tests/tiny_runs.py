@@ -1,17 +1,23 @@
-"""Small runs of the methods that distil: two rounds, six images, three student steps."""
+"""Small runs of all methods: what each is given; two rounds, six images, three student steps."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
+from helpers import statistics_alone, with_statistics
 
+from fedmitr.client.statistics import StatisticsClient
 from fedmitr.core.rng import make_rng
-from fedmitr.methods import METHODS
+from fedmitr.core.store import Store
+from fedmitr.data.tasks import Split
+from fedmitr.methods import METHODS, Outcome
 from fedmitr.methods._generator import GeneratorSettings
 from fedmitr.methods._student import StudentSettings
 from fedmitr.settings import Settings
+from fedmitr.upload import Upload
+from fedmitr.vision.stages import stage_names
 
 
 def _with(block: type) -> tuple[str, ...]:
@@ -36,6 +42,8 @@ def small(changes: Mapping[str, Any] | None = None, images: int = 6, steps: int 
         "fadi.iterations": 2,
         "fdafl.batch_size": 4,
         "fedftg.batch_size": 4,
+        "fishermix.per_class": 20,
+        "fishermix.epochs": 2,
     }
     for name in GENERATORS:
         base |= own(name, rounds=2, generator_steps=2, width=4, latent=5)
@@ -45,6 +53,55 @@ def small(changes: Mapping[str, Any] | None = None, images: int = 6, steps: int 
 def own(method: str, **options: Any) -> dict[str, Any]:
     """Dotted names of a method's own block."""
     return {f"{method}.{name}": value for name, value in options.items()}
+
+
+class Trained:
+    """A client of FuseFL that has trained all stages already: its upload's weights."""
+
+    def __init__(self, upload: Upload) -> None:
+        self.client, self.size, self.class_counts = upload.client, upload.size, upload.class_counts
+        self.shape, self.vit = upload.shape, upload.vit()
+
+    def train_stage(self, stage, received):
+        state = self.vit.state_dict()
+        return {name: state[name] for name in stage_names(self.vit, 2, stage)}
+
+
+def images_of(upload: Upload) -> Split:
+    """Random images of a client, as many of each class as its upload says."""
+    counts, side = torch.tensor(upload.class_counts), upload.shape.image_size
+    pixels = torch.randn(upload.size, upload.shape.in_chans, side, side, generator=make_rng(upload.client))
+    return Split(pixels, torch.arange(len(counts)).repeat_interleave(counts))
+
+
+def given(
+    method: str, uploads: Sequence[Upload], settings: Settings | None = None, counted: bool = True
+) -> list[Any]:
+    """What a method is given, made of uploads with histograms, which `counted` = False takes away.
+
+    They carry statistics where the method needs some, and no weights where it needs none.
+    """
+    record, settings, sent = METHODS[method], settings or small(), uploads
+    if record.needs_statistics_under(settings):
+        sent = [with_statistics(u, settings.statistics.tokens, settings.model) for u in sent]
+    if not counted:
+        sent = [u.without_counts() for u in sent]
+    if not record.needs_weights:
+        sent = [statistics_alone(u) for u in sent]
+    if record.given == "clients":
+        shards, shared = map(images_of, uploads), uploads[0].vit()
+        return [StatisticsClient(u, shared, shard) for u, shard in zip(sent, shards, strict=True)]
+    if record.given == "stages":
+        return list(map(Trained, sent))
+    return list(sent[:1] if record.given == "central" else sent)
+
+
+def run(
+    method: str, uploads: Sequence[Upload], settings: Settings, store: Store, counted: bool = True
+) -> Outcome:
+    """A method's outcome on what it is given of these uploads."""
+    more = [torch.cat([images_of(u).images for u in uploads])] if METHODS[method].given == "images" else []
+    return METHODS[method](given(method, uploads, settings, counted), settings, store, *more)
 
 
 def module_of(method: str) -> ModuleType:

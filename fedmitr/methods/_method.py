@@ -19,7 +19,7 @@ from ..core.store import Store
 from ..server.synthetic import SyntheticSet
 from ..settings import Settings, SettingsBlock, add_block
 from ..settings.schema import InversionSettings
-from ..upload import Upload
+from ..upload import Upload, check_statistics, check_weights
 
 Given = Literal["uploads", "clients", "stages", "central", "images"]
 Family = Literal["average", "statistics", "synthetic images", "fusion", "reference"]
@@ -136,9 +136,23 @@ class Method:
         if not self.label:
             object.__setattr__(self, "label", self.name)
 
-    def __call__(self, uploads: Sequence[Upload], settings: Settings, store: Store, *more: Any) -> Outcome:
-        """Run the method under its own reading of the settings."""
-        return self.run(uploads, self.adapted(settings), store, *more)
+    def __call__(self, given: Sequence[Any], settings: Settings, store: Store, *more: Any) -> Outcome:
+        """Run the method under its own reading of the settings; BadInput for uploads that lack a part."""
+        if self.given not in ("clients", "stages"):
+            given = self.admitted(given, settings)
+        return self.run(given, self.adapted(settings), store, *more)
+
+    def admitted(self, uploads: Sequence[Upload], settings: Settings) -> list[Upload]:
+        """Return the uploads without statistics where the method needs none; BadInput for one without a part.
+
+        Class histograms are missed by what reads them.
+        """
+        if self.needs_weights:
+            check_weights(uploads)
+        if not self.needs_statistics_under(settings):
+            return [u if u.statistics is None else u.without_statistics() for u in uploads]
+        check_statistics(uploads)
+        return list(uploads)
 
     def adapted(self, settings: Settings) -> Settings:
         """Return the settings that it works under."""
@@ -291,7 +305,7 @@ def check_methods(names: Iterable[str], settings: Settings) -> None:
     for method in methods:
         if method.averages:
             raise BadInput(f"method={method.name!r} needs clients of one architecture: {differ}")
-        if method.distils and settings.distill.start == "average":
+        if method.work_under(settings).student_steps and settings.distill.start == "average":
             raise BadInput(
                 f"distill.start='average' needs clients of one architecture: {differ}; allowed is 'initial'"
             )

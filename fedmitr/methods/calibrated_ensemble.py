@@ -10,7 +10,7 @@ from ..settings import Settings, SettingsBlock
 from ..settings.schema import Positive, setting
 from ..upload import Upload
 from ._method import Method, Outcome
-from ._student import build_ensemble, student_start
+from ._student import build_ensemble, global_shape
 from .fedmitr import fedmitr_work, inversion_keys, synthetic_set
 from .fedmitr_plus import with_additions
 
@@ -27,8 +27,10 @@ def calibrated_ensemble(uploads: Sequence[Upload], settings: Settings, store: St
     seconds = {"inversion": sum(store.seconds("synthetic", k) for k in inversion_keys(uploads, settings))}
     how = settings.distill.model_copy(update={"calibrate": settings.calibrated_ensemble.penalty})
     with timed(seconds, "calibration"):
-        vit, ensemble = student_start(uploads, settings), build_ensemble(uploads, settings)
-        ensemble = calibrated(ensemble, vit, synthetic, how, settings.seed)
+        vit = global_shape(
+            uploads, settings
+        ).build()  # for its grid and its pixels' normalisation
+        ensemble = calibrated(build_ensemble(uploads, settings), vit, synthetic, how, settings.seed)
     return Outcome([ensemble], seconds, synthetic)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 
 from ..core.errors import BadInput
-from ..upload import Statistics, Upload, add_up
+from ..upload import Statistics, Upload, add_up, check_statistics
 
 Head = tuple[Tensor, Tensor]  # W (C, D), b (C,)
 NEVER = -1e9  # bias of a class without images
@@ -21,9 +21,8 @@ def total_statistics(uploads: Sequence[Upload]) -> Statistics:
     """Add up the statistics of all uploads; BadInput for one without, and for features of another model."""
     if not uploads:
         raise BadInput("uploads=[] is empty: at least one upload is needed")
+    check_statistics(uploads)
     for upload in uploads:
-        if upload.statistics is None:
-            raise BadInput(f"upload of client {upload.client} has no statistics: the method needs them")
         if upload.features != uploads[0].features:
             raise BadInput(
                 f"upload of client {upload.client}: its statistics are of {upload.features}, "

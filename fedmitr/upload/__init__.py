@@ -10,6 +10,7 @@ from .message import (
     Upload,
     check_same_images,
     check_same_shape,
+    check_statistics,
     check_weights,
 )
 from .statistics import Statistics, add_up, expected_arrays
@@ -30,6 +31,7 @@ __all__ = [
     "check_card",
     "check_same_images",
     "check_same_shape",
+    "check_statistics",
     "check_weights",
     "compare_arrays",
     "expected_arrays",

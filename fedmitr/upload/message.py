@@ -269,3 +269,10 @@ def check_weights(uploads: Iterable[Upload]) -> None:
     for upload in uploads:
         if upload.weights is None:
             raise BadInput(f"upload of client {upload.client} has no weights: the method needs them")
+
+
+def check_statistics(uploads: Iterable[Upload]) -> None:
+    """Raise BadInput for an upload without statistics."""
+    for upload in uploads:
+        if upload.statistics is None:
+            raise BadInput(f"upload of client {upload.client} has no statistics: the method needs them")

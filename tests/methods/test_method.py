@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import loud
-from tiny_runs import DISTILLED, GENERATORS, module_of, own, small
+from helpers import loud, statistics_alone, with_statistics
+from tiny_runs import DISTILLED, GENERATORS, module_of, own, run, small
 
 import fedmitr as fm
 from fedmitr.core.store import Store
@@ -13,28 +13,12 @@ from fedmitr.methods import FAMILIES, METHODS, SHIPPED, Range, Work, check_metho
 from fedmitr.server.ensemble import Ensemble
 from fedmitr.settings import Settings, defaults
 from fedmitr.upload import ModelShape
-from fedmitr.vision.stages import stage_names
 from fedmitr.vision.vit import create_vit
 
 UNCOUNTED = {"ensemble.mode": "mean_probs", "inversion.teacher": "ensemble"}  # neither needs histograms
-
-
-class Trained:
-    """A client of FuseFL that has trained all stages already: its upload's weights."""
-
-    def __init__(self, upload):
-        self.client, self.size, self.class_counts = upload.client, upload.size, upload.class_counts
-        self.shape, self.vit = upload.shape, upload.vit()
-
-    def train_stage(self, stage, received):
-        state = self.vit.state_dict()
-        return {name: state[name] for name in stage_names(self.vit, 2, stage)}
-
-
-def given(method, uploads):
-    """What `run` gets for a method, made of uploads."""
-    made = {"uploads": list(uploads), "clients": list(map(Trained, uploads)), "central": list(uploads[:1])}
-    return made[METHODS[method].given]
+UNTUNED = {"fedavg", "ensemble", "local", "textures", "real_images", "central"}
+COUNT = {"fedftg"}  # methods that need them anyhow: FedFTG, and those with FedMITR+'s teacher or images
+COUNT |= {"fedmitr_plus", "calibrated_ensemble", "ensemble_statistics", "textures", "real_images"}
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +27,7 @@ def outcomes(clients, tmp_path_factory):
     budgets = {name: value for m in GENERATORS for name, value in own(m, images=5, student_steps=4).items()}
     settings = [small(), small(budgets | {"budget": "own"})]
     store = Store(tmp_path_factory.mktemp("outcomes"))
-    return {
-        (name, s.budget): (s, METHODS[name](given(name, clients), s, store))
-        for name in SHIPPED
-        for s in settings
-    }
+    return {(name, s.budget): (s, run(name, clients, s, store)) for name in SHIPPED for s in settings}
 
 
 @pytest.mark.parametrize("budget", ["equal", "own"])
@@ -58,7 +38,8 @@ def test_the_record_says_what_a_run_computes_and_leaves(method, budget, outcomes
     work = record.work_under(settings)
     assert work.images == (len(outcome.synthetic) if outcome.synthetic else 0)
     assert work.student_steps == outcome.student_steps
-    assert record.distils == (work.images > 0) == (work.student_steps > 0)
+    if not record.is_reference:  # some references make images, or learn on others
+        assert record.distils == (work.images > 0) == (work.student_steps > 0)
     if budget == "own" and method in GENERATORS:
         assert (work.images, work.student_steps) == (5, 4)
 
@@ -68,8 +49,9 @@ def test_a_prediction_runs_one_model_or_all_clients(method, outcomes, clients, b
     models = outcomes[method, "equal"][1].models
     for model in models:
         model(torch.zeros(1, 1, 12, 12))
-    run = len(block_passes) / len(models) / len(clients[0].vit().blocks)
-    assert run == (1 if METHODS[method].single_model else len(clients))
+    passes = len(block_passes) / len(models) / len(clients[0].vit().blocks)
+    more = method == "ensemble_statistics"  # the shared model beside the clients'
+    assert passes == (1 if METHODS[method].single_model else len(clients) + more)
     assert len(models) == (len(clients) if method == "local" else 1)
 
 
@@ -77,16 +59,48 @@ def test_a_prediction_runs_one_model_or_all_clients(method, outcomes, clients, b
 def test_methods_that_need_class_histograms_refuse_uploads_without_and_no_others_do(
     method, clients, tmp_path, one_line
 ):
-    without = given(method, [u.without_counts() for u in clients])
     settings = small(UNCOUNTED)
-    assert METHODS[method].needs_counts_under(settings) == METHODS[method].needs_counts
-    assert METHODS[method].needs_counts_under(small())  # the ensemble's mode is class
-    if METHODS[method].needs_counts:
+    assert METHODS[method].needs_counts_under(settings) == (method in COUNT)
+    if method in COUNT:
         with pytest.raises(fm.BadInput) as error:
-            METHODS[method](without, settings, Store(tmp_path))
+            run(method, clients, settings, Store(tmp_path), counted=False)
         one_line(error.value, "class_counts", "client 0")
     else:
-        METHODS[method](without, settings, Store(tmp_path))
+        run(method, clients, settings, Store(tmp_path), counted=False)
+
+
+@pytest.mark.parametrize("method", SHIPPED)
+@pytest.mark.parametrize("change", [{"ensemble.mode": "class"}, {"inversion.teacher": "owners"}])
+def test_where_the_settings_need_class_histograms_whoever_sends_weights_sends_them(method, change):
+    assert METHODS[method].needs_counts_under(small(change)) == METHODS[method].needs_weights
+
+
+@pytest.mark.parametrize("method", SHIPPED)
+@pytest.mark.parametrize("lacking", ["weights", "statistics"])
+def test_methods_refuse_uploads_without_what_they_need(method, lacking, clients, tmp_path, one_line):
+    record, settings = METHODS[method], small()
+    if not {"weights": record.needs_weights, "statistics": record.needs_statistics_under(settings)}[lacking]:
+        return
+    if record.given in ("clients", "stages"):
+        return  # their clients have no message yet: test_exchanges.py, tests/client/test_fusefl.py
+    informed = [with_statistics(u, "both") for u in clients]
+    spoil = {"weights": statistics_alone, "statistics": lambda u: u.without_statistics()}[lacking]
+    one, two = informed[0], informed[1]
+    more = [torch.zeros(4, 1, 12, 12)] if record.given == "images" else []
+    for some in ([spoil(one)], *([[one, spoil(two)]] * (record.given != "central"))):
+        with pytest.raises(fm.BadInput) as error:
+            record(some, settings, Store(tmp_path), *more)
+        one_line(error.value, f"client {some[-1].client}", f"has no {lacking}")
+
+
+@pytest.mark.parametrize("method", SHIPPED)
+def test_statistics_that_a_method_does_not_need_change_nothing(method, clients, outcomes, tmp_path):
+    record, settings = METHODS[method], small()
+    if record.needs_statistics_under(settings) or record.given != "uploads":
+        return
+    outcome = record([with_statistics(u, "both") for u in clients], settings, Store(tmp_path))
+    for one, other in zip(outcome.models, outcomes[method, "equal"][1].models, strict=True):
+        assert all(torch.equal(v, other.state_dict()[n]) for n, v in one.state_dict().items())
 
 
 @pytest.fixture(scope="module")
@@ -106,16 +120,16 @@ def test_methods_that_average_refuse_several_architectures_and_no_others_do(
     start = {"distill.start": "initial", "model.pretrained": False}
     if METHODS[method].averages:
         with pytest.raises(fm.BadInput) as error:
-            METHODS[method](given(method, mixed), small(start), Store(tmp_path))
+            run(method, mixed, small(start), Store(tmp_path))
         one_line(error.value, "client 1")
     else:
-        METHODS[method](given(method, mixed), small(start), Store(tmp_path))
+        run(method, mixed, small(start), Store(tmp_path))
 
 
 @pytest.mark.parametrize("method", SHIPPED)
 def test_several_architectures_are_refused_before_a_run_as_they_are_in_it(method, one_line):
     models = {"client.models": ("vit_micro", "vit_micro_deep")}
-    averages, distils = METHODS[method].averages, METHODS[method].distils
+    averages, distils = METHODS[method].averages, METHODS[method].work_under(small()).student_steps > 0
     for start in ("average", "initial"):
         settings = small(models | {"distill.start": start})
         if averages or (distils and start == "average"):
@@ -132,7 +146,7 @@ def test_several_architectures_are_refused_before_a_run_as_they_are_in_it(method
 @pytest.mark.parametrize("method", SHIPPED)
 def test_every_value_that_tuning_may_try_is_allowed(method):
     search = METHODS[method].search
-    assert bool(search) == (METHODS[method].distils or METHODS[method].settings is not None)
+    assert bool(search) == (method not in UNTUNED)
     for name, values in search.items():
         if isinstance(values, Range):
             assert values.low < values.high and (values.low > 0 or not values.log)
@@ -145,9 +159,9 @@ def test_every_value_that_tuning_may_try_is_allowed(method):
 
 
 @pytest.mark.parametrize("method", SHIPPED)
-def test_tuning_tries_settings_of_the_methods_own_block_or_fedmitrs_stages(method):
+def test_tuning_tries_settings_of_the_methods_own_block_and_of_what_it_shares(method):
     blocks = {name.split(".")[0] for name in METHODS[method].search}
-    assert blocks <= ({method} if METHODS[method].settings else {"inversion", "relabel", "distill"})
+    assert blocks <= {method, "ensemble", "inversion", "relabel", "distill", "statistics"}
 
 
 @pytest.mark.parametrize("method", SHIPPED)
@@ -184,6 +198,10 @@ def test_the_work_of_a_generator_is_the_batches_that_train_it(method, images, cl
     if method == "fdafl":  # it runs the members itself, for their features
         module, excite = module_of(method), module_of(method).excite
         monkeypatch.setattr(module, "excite", lambda e, x: batches.append(len(x)) or excite(e, x))
+    if method == "fedftg":  # it takes one client after the other
+        module, ask = module_of(method), module_of(method).client_logits
+        first = {0: batches, 1: []}  # the second client's are as many
+        monkeypatch.setattr(module, "client_logits", lambda e, k, x: first[k].append(len(x)) or ask(e, k, x))
     monkeypatch.setattr(Ensemble, "logits", count)
     settings = small(own("co_boosting", perturbation=0), images=images)
     METHODS[method](clients[:2], settings, Store(tmp_path))

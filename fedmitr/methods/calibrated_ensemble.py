@@ -27,9 +27,7 @@ def calibrated_ensemble(uploads: Sequence[Upload], settings: Settings, store: St
     seconds = {"inversion": sum(store.seconds("synthetic", k) for k in inversion_keys(uploads, settings))}
     how = settings.distill.model_copy(update={"calibrate": settings.calibrated_ensemble.penalty})
     with timed(seconds, "calibration"):
-        vit = global_shape(
-            uploads, settings
-        ).build()  # for its grid and its pixels' normalisation
+        vit = global_shape(uploads, settings).build()  # for its grid and its pixels' normalisation
         ensemble = calibrated(build_ensemble(uploads, settings), vit, synthetic, how, settings.seed)
     return Outcome([ensemble], seconds, synthetic)
 

@@ -18,8 +18,8 @@ from .ridge import SEARCH
 def fedavg_ridge(clients: Sequence[Client], settings: Settings, store: Store) -> Outcome:
     """Average the clients' weights, then solve for a head on the average's features."""
     uploads = [client.upload for client in clients]
-    average = uploads[0].shape, average_weights(uploads)
-    return solve_again(clients, [average], settings)
+    weights = average_weights(uploads)
+    return solve_again(clients, [(uploads[0].shape, weights)], settings)
 
 
 METHOD = Method(

@@ -1,4 +1,4 @@
-"""local, ensemble and central: what methods are measured against."""
+"""local, ensemble and central: what methods are measured against (the others: test_bounds.py)."""
 
 import dataclasses
 

@@ -17,7 +17,7 @@ from ..core.errors import BadInput
 from ..core.processes import in_workers
 from ..core.store import Store
 from ..server.synthetic import SyntheticSet
-from ..settings import Settings, SettingsBlock, add_block
+from ..settings import Settings, SettingsBlock, add_block, defaults
 from ..settings.schema import InversionSettings
 from ..upload import Upload, check_statistics, check_weights
 
@@ -228,9 +228,11 @@ def register(*methods: Method) -> None:
 
 def add(*methods: Method) -> None:
     """Make methods known in this process, as `register` does."""
-    blocks = {*Settings.model_fields, *(method.name for method in methods)}
     for method in methods:
-        _check(method, blocks)
+        _check(method)
+    own = {f"{m.name}.{leaf}" for m in methods if m.settings for leaf in m.settings.model_fields}
+    for method in methods:
+        _check_dotted(method, own | set(defaults()))
     for method in methods:
         block, known = method.settings, Settings.model_fields.get(method.name)
         METHODS[method.name] = method
@@ -238,8 +240,8 @@ def add(*methods: Method) -> None:
             add_block(method.name, block)
 
 
-def _check(method: Method, blocks: Collection[str]) -> None:
-    """Raise BadInput for a record that cannot work; blocks: the names that dotted settings may begin with."""
+def _check(method: Method) -> None:
+    """Raise BadInput for a record that cannot work."""
     name, family = method.name, method.family
     if not name.isidentifier() or name.startswith("_"):
         raise BadInput(f"method={name!r} is no name: allowed are letters, digits and _, a letter first")
@@ -253,12 +255,18 @@ def _check(method: Method, blocks: Collection[str]) -> None:
         raise BadInput(
             f"given={method.given!r} of method={name!r} is unknown: allowed are {', '.join(allowed)}"
         )
-    for field_name in ("exchanges", "needs_statistics"):
-        value = getattr(method, field_name)
-        if not isinstance(value, int) and value.partition(".")[0] not in blocks:
-            raise BadInput(f"{field_name}={value!r} of method={name!r} is neither a number nor a setting")
     if family not in FAMILIES:
         raise BadInput(f"family={family!r} of method={name!r} is unknown: allowed are {', '.join(FAMILIES)}")
+
+
+def _check_dotted(method: Method, known: Collection[str]) -> None:
+    """Raise BadInput where a field that depends on a setting names none of those known."""
+    for field_name in ("exchanges", "needs_statistics"):
+        value = getattr(method, field_name)
+        if not isinstance(value, int) and value not in known:
+            raise BadInput(
+                f"{field_name}={value!r} of method={method.name!r} is neither a number nor a setting"
+            )
 
 
 def _check_block(name: str, block: type[SettingsBlock]) -> None:

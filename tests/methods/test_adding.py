@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import with_statistics
 from tiny_runs import small
 
 import fedmitr as fm
@@ -36,16 +37,16 @@ from fedmitr.settings.schema import Share
 ROOT = Path(fm.__file__).parents[1]
 
 
-class TexturesSettings(SettingsBlock):
-    """Textures: how strong they are."""
+class RipplesSettings(SettingsBlock):
+    """Ripples: how strong they are."""
 
-    contrast: Share = setting(1.0, "contrast of the textures")
+    contrast: Share = setting(1.0, "contrast of the ripples")
 
 
-def textures(uploads, settings, store):
-    """Distil the ensemble on smooth random textures."""
+def ripples(uploads, settings, store):
+    """Distil the ensemble on random ripples."""
     count, steps, shape = settings.inversion.images, settings.distill.steps, uploads[0].shape
-    student = Student(uploads, settings, "textures", steps)
+    student = Student(uploads, settings, "ripples", steps)
     like = torch.empty(count, shape.in_chans, shape.image_size, shape.image_size)
     images = random_textures(student.vit, like, torch.Generator().manual_seed(settings.seed))
     student.add(images, student.ensemble(images).argmax(1))
@@ -53,72 +54,90 @@ def textures(uploads, settings, store):
     return Outcome([student.vit], {}, student.images, steps)
 
 
-TEXTURES = Method("textures", textures, label="Textures")
-WITH_BLOCK = dataclasses.replace(TEXTURES, settings=TexturesSettings)
+RIPPLES = Method("ripples", ripples, label="Ripples")
+WITH_BLOCK = dataclasses.replace(RIPPLES, settings=RipplesSettings)
 
 
 def test_a_registered_method_is_found_checked_described_and_run(registrations, clients, tmp_path):
-    register(TEXTURES)
-    assert find("textures") is described("textures") is METHODS["textures"] is TEXTURES
-    check_methods(["fedavg", "textures"], small())
-    assert [stage.stage for stage in plan("textures", small())] == ["clients", "labels", "student"]
-    outcome = find("textures")(clients, small(), Store(tmp_path))
-    work = TEXTURES.work_under(small())
+    register(RIPPLES)
+    assert find("ripples") is described("ripples") is METHODS["ripples"] is RIPPLES
+    check_methods(["fedavg", "ripples"], small())
+    assert [stage.stage for stage in plan("ripples", small())] == ["clients", "labels", "student"]
+    outcome = find("ripples")(clients, small(), Store(tmp_path))
+    work = RIPPLES.work_under(small())
     assert (len(outcome.synthetic), outcome.student_steps) == (work.images, work.student_steps) == (6, 3)
     with pytest.raises(fm.BadInput, match="unknown"):
-        Settings.load("smoke", {"textures.contrast": 0.5})  # it has no settings of its own
+        Settings.load("smoke", {"ripples.contrast": 0.5})  # it has no settings of its own
 
 
 def test_its_block_is_part_of_every_run(registrations, one_line):
     before = Settings()
     register(WITH_BLOCK)
-    settings = Settings.load("smoke", {"textures.contrast": 0.5})
-    assert settings.textures.contrast == 0.5 and settings.model_dump()["textures"] == {"contrast": 0.5}
-    assert Settings().textures.contrast == before.textures.contrast == 1.0
+    settings = Settings.load("smoke", {"ripples.contrast": 0.5})
+    assert settings.ripples.contrast == 0.5 and settings.model_dump()["ripples"] == {"contrast": 0.5}
+    assert Settings().ripples.contrast == before.ripples.contrast == 1.0
     with pytest.raises(fm.BadInput) as error:
-        Settings.load("smoke", {"textures.contrast": 2})
-    one_line(error.value, "textures.contrast=2")
+        Settings.load("smoke", {"ripples.contrast": 2})
+    one_line(error.value, "ripples.contrast=2")
 
 
 def test_what_is_registered_is_taken_back(registrations):
     """What the fixture itself does: the tests before this one leave nothing."""
-    assert tuple(METHODS) == SHIPPED and "textures" not in Settings.model_fields
+    assert tuple(METHODS) == SHIPPED and "ripples" not in Settings.model_fields
     with pytest.raises(fm.BadInput, match="unknown"):
-        Settings.load("smoke", {"textures.contrast": 0.5})
+        Settings.load("smoke", {"ripples.contrast": 0.5})
 
 
 def test_registering_again_replaces_the_record_and_its_block(registrations):
     class Other(StudentSettings):
-        """Textures: the student's settings alone."""
+        """Ripples: the student's settings alone."""
 
     register(WITH_BLOCK)
     register(dataclasses.replace(WITH_BLOCK, label="Other", settings=Other))
-    assert described("textures").label == "Other" and list(METHODS).count("textures") == 1
-    assert type(Settings().textures) is Other
-    assert Settings.load("smoke", {"textures.ce_weight": 0.5}).textures.ce_weight == 0.5
+    assert described("ripples").label == "Other" and list(METHODS).count("ripples") == 1
+    assert type(Settings().ripples) is Other
+    assert Settings.load("smoke", {"ripples.ce_weight": 0.5}).ripples.ce_weight == 0.5
     with pytest.raises(fm.BadInput, match="unknown"):
-        Settings.load("smoke", {"textures.contrast": 0.5})
+        Settings.load("smoke", {"ripples.contrast": 0.5})
+
+
+class AskingSettings(SettingsBlock):
+    """Asking: whether clients send sums of features."""
+
+    sums: bool = setting(False, "clients send sums of features")
+
+
+def test_what_clients_send_may_depend_on_a_setting_of_its_own(registrations, clients, tmp_path, one_line):
+    register(Method("asking", ripples, settings=AskingSettings, needs_statistics="asking.sums"))
+    record, asked = find("asking"), small({"asking.sums": True})
+    assert record.sent_under(small()) == ["weights"]
+    assert record.sent_under(asked) == ["weights", "statistics"]
+    assert record(clients, small(), Store(tmp_path)).models
+    with pytest.raises(fm.BadInput) as error:
+        record(clients, asked, Store(tmp_path))
+    one_line(error.value, "client 0", "has no statistics")
+    assert record([with_statistics(u) for u in clients], asked, Store(tmp_path)).models
 
 
 def test_workers_are_told_of_it(registrations):
-    register(TEXTURES)
+    register(RIPPLES)
     add, told = processes._IN_WORKERS[-1]
-    METHODS.pop("textures")
+    METHODS.pop("ripples")
     add(*told)
-    assert find("textures") is TEXTURES
+    assert find("ripples") is RIPPLES
 
 
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(name="my textures"), ("'my textures'", "letters")),
+        (dict(name="my ripples"), ("'my ripples'", "letters")),
         (dict(name="2d"), ("'2d'", "letters")),
-        (dict(name="_textures"), ("'_textures'", "letter first")),
+        (dict(name="_ripples"), ("'_ripples'", "letter first")),
         (dict(name=""), ("''", "letters")),
-        (dict(name="distill", settings=TexturesSettings), ("'distill'", "choose another")),
-        (dict(name="seed", settings=TexturesSettings), ("'seed'", "choose another")),
-        (dict(name="changed", settings=TexturesSettings), ("'changed'", "choose another")),
-        (dict(family="magic"), ("'magic'", "'textures'", "statistics")),
+        (dict(name="distill", settings=RipplesSettings), ("'distill'", "choose another")),
+        (dict(name="seed", settings=RipplesSettings), ("'seed'", "choose another")),
+        (dict(name="changed", settings=RipplesSettings), ("'changed'", "choose another")),
+        (dict(family="magic"), ("'magic'", "'ripples'", "statistics")),
     ],
     ids=str,
 )
@@ -127,7 +146,7 @@ def test_a_record_that_cannot_be_used_is_one_line_and_changes_nothing(
 ):
     told, fields = list(processes._IN_WORKERS), set(Settings.model_fields)
     with pytest.raises(fm.BadInput) as error:
-        register(dataclasses.replace(TEXTURES, name="fine"), dataclasses.replace(TEXTURES, **options))
+        register(dataclasses.replace(RIPPLES, name="fine"), dataclasses.replace(RIPPLES, **options))
     one_line(error.value, *words)
     assert tuple(METHODS) == SHIPPED and set(Settings.model_fields) == fields
     assert told == processes._IN_WORKERS
@@ -141,13 +160,13 @@ def test_an_unknown_method_is_one_line(one_line):
 
 
 def test_a_name_from_elsewhere_is_described_by_defaults():
-    record = described("my-textures")
-    assert record.label == "my-textures" and record.single_model and not record.is_reference
+    record = described("my-ripples")
+    assert record.label == "my-ripples" and record.single_model and not record.is_reference
 
 
 def test_tables_go_family_by_family_each_in_the_order_of_registration(registrations):
-    register(TEXTURES, Method("median", textures, family="average"))
-    wanted = ["fedavg", "median", "fedmitr", "fdafl", "fadi", "dense", "co_boosting", "fedftg", "textures"]
+    register(RIPPLES, Method("median", ripples, family="average"))
+    wanted = ["fedavg", "median", "fedmitr", "fdafl", "fadi", "dense", "co_boosting", "fedftg", "ripples"]
     wanted += ["elsewhere", "fusefl", "ensemble", "local", "central"]
     assert in_order(reversed(wanted)) == wanted
     assert in_order(["local", "fedmitr", "local"]) == ["fedmitr", "local"]
@@ -261,6 +280,9 @@ def test_a_block_of_plain_pydantic_is_settable_and_listed(registrations):
         ({"run": None}, "no function"),
         ({"given": "nothing"}, "given='nothing'"),
         ({"exchanges": "nonsense"}, "exchanges='nonsense'"),
+        ({"exchanges": "distill.nonsense"}, "exchanges='distill.nonsense'"),
+        ({"exchanges": "wrong.width"}, "exchanges='wrong.width'"),
+        ({"needs_statistics": "fedmitr_plus.nonsense"}, "needs_statistics='fedmitr_plus.nonsense'"),
     ],
 )
 def test_a_wrong_record_is_one_line_and_leaves_nothing(registrations, one_line, change, said):

@@ -175,6 +175,7 @@ SMALL_SETTINGS |= {
     for name, value in dict(rounds=2, generator_steps=2, width=4, latent=5).items()
 }
 SMALL_SETTINGS |= {"fdafl.batch_size": 8, "fedftg.batch_size": 8, "fadi.iterations": 5}
+SMALL_SETTINGS |= {"fishermix.per_class": 30, "fishermix.epochs": 2}
 
 
 def small_settings(**changes) -> fm.Settings:

@@ -5,7 +5,7 @@ import importlib
 import pytest
 from helpers import SMALL_OPTIONS, read_cli
 
-from fedmitr.experiments import run as runs
+from fedmitr.experiments import clients
 
 pipeline = importlib.import_module("fedmitr.methods.fedmitr")  # the package's name for it is the method
 
@@ -24,5 +24,5 @@ def first(store):
 @pytest.fixture
 def no_work(forbid):
     """Every stage fails if it is run."""
-    forbid(runs, "train_client")
+    forbid(clients, "train_client", "feature_statistics")
     forbid(pipeline, "invert", "distill")

@@ -11,7 +11,7 @@ import torch
 from helpers import SMALL_OPTIONS, call_cli, read_cli, registrations_taken_back
 
 from fedmitr.evaluation.metrics import accuracy
-from fedmitr.experiments import run as runs
+from fedmitr.experiments import clients
 from fedmitr.experiments.run import Experiment
 from fedmitr.methods import METHODS, Method, register
 from fedmitr.settings import Settings, parse_assignment
@@ -117,7 +117,7 @@ def test_other_methods_share_the_clients(first, store, no_work):
 
 
 def test_other_distillation_settings_reuse_clients_and_images(first, store, forbid):
-    forbid(runs, "train_client")
+    forbid(clients, "train_client")
     forbid(pipeline, "invert")
     words = ["run", "--method", "fedmitr", "--seed", 3, "--json", *SMALL_OPTIONS, "--set", "distill.steps=3"]
     other = read_cli(*words, "--store", store)
@@ -150,9 +150,9 @@ def test_a_dry_run_tells_the_plan_and_does_nothing(profile, tmp_path, no_work):
 
 
 def test_a_dry_run_plans_a_method_of_your_own(tmp_path, no_work):
-    words = ["run", "--method", "textures", "--dry-run", *SMALL_OPTIONS, "--store", tmp_path / "store"]
+    words = ["run", "--method", "ripples", "--dry-run", *SMALL_OPTIONS, "--store", tmp_path / "store"]
     with registrations_taken_back():
-        register(Method("textures", METHODS["dense"].run, label="Textures"))
+        register(Method("ripples", METHODS["dense"].run, label="Ripples"))
         assert [row["stage"] for row in read_cli(*words, "--json")] == ["clients", "labels", "student"]
         told = call_cli(*words)
     assert told.exit_code == 0 and "student" in told.stdout

@@ -7,7 +7,7 @@ from helpers import small_settings
 
 import fedmitr as fm
 from fedmitr.client.fusefl import FusionClient
-from fedmitr.experiments import run
+from fedmitr.experiments import clients
 from fedmitr.methods import METHODS
 
 
@@ -28,11 +28,11 @@ def results(these):
 
 @pytest.fixture
 def no_work(forbid):
-    """Whatever trains, inverts or distils fails."""
-    forbid(run, "train_client")
+    """Whatever trains, sums features, inverts or distils for one exchange fails."""
+    forbid(clients, "train_client", "feature_statistics")
     forbid(FusionClient, "_train")
     for method, name in [("fedmitr", "invert"), ("fedmitr", "distill"), ("fadi", "invert")]:
         forbid(importlib.import_module(f"fedmitr.methods.{method}"), name)
-    for method in ("_generator", "fdafl", "fedftg"):
-        forbid(importlib.import_module(f"fedmitr.methods.{method}"), "take_step")
+    for method, name in [("_generator", "take_step"), ("fdafl", "take_step"), ("fedftg", "client_logits")]:
+        forbid(importlib.import_module(f"fedmitr.methods.{method}"), name)
     forbid(importlib.import_module("fedmitr.methods._student"), "train_student")

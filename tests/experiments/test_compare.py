@@ -9,7 +9,7 @@ from helpers import registrations_taken_back, small_settings
 from joblib.externals.loky import get_reusable_executor
 
 from fedmitr.core.errors import BadInput
-from fedmitr.experiments import run as experiment
+from fedmitr.experiments import clients as made
 from fedmitr.experiments.compare import parse_seeds
 from fedmitr.methods import Method, Outcome, register
 from fedmitr.settings import Settings, SettingsBlock, setting
@@ -92,7 +92,7 @@ def test_what_cannot_work_is_found_before_anything_is_trained(
     method, change, name, tmp_path, monkeypatch, forbid, one_line
 ):
     monkeypatch.setenv("FEDMITR_JOBS", "1")
-    forbid(experiment, "train_client")
+    forbid(made, "train_client", "feature_statistics")
     settings = [Settings.load("smoke"), Settings.load("smoke", {"seed": 1, **change})]
     with pytest.raises(BadInput) as error:
         module.compare([method], settings, tmp_path)

@@ -1,84 +1,18 @@
-"""run.py: every method from settings to result: its account, its place in the store, hard settings."""
+"""run.py: every method from settings to result: its place in the store, what it is given, bad input."""
 
 import importlib
-import math
 from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
-from helpers import GENERATORS, small_settings
-from safetensors.torch import save_file
+from helpers import small_settings
 
 import fedmitr as fm
 from fedmitr.client.fusefl import FusionClient
-from fedmitr.evaluation.flops import forward_flops
-from fedmitr.evaluation.metrics import accuracy
 from fedmitr.methods import METHODS, Method
 
 pipeline = importlib.import_module("fedmitr.methods.fedmitr")  # the package's name for it is the method
-DISTILLED = ("fedmitr", "fadi", *GENERATORS)
-
-
-# The account.
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_reports_an_accuracy_and_a_whole_account(results, method):
-    result = results[method]
-    assert result.method == method and 0 <= result.accuracy <= 1 and len(result.accuracy_per_class) == 10
-    assert all(0 <= share <= 1 for share in result.accuracy_per_class)
-    stages = {"fedmitr": {"inversion", "distillation"}, "fadi": {"inversion", "distillation"}}
-    stages |= {name: {"generation", "distillation"} for name in GENERATORS} | {"fusefl": {"fusing"}}
-    clients = {"central"} if method == "central" else {"clients"}
-    assert set(result.seconds) == clients | stages.get(method, set())
-    assert all(value >= 0 for value in result.seconds.values())
-
-
-def test_under_an_equal_budget_all_that_distil_make_as_many_images_and_steps(results):
-    for method, result in results.items():
-        wanted = (20, 6) if method in DISTILLED else (0, 0)
-        assert (result.synthetic_images, result.student_steps) == wanted, method
-
-
-def test_under_its_own_budget_a_method_has_the_numbers_of_its_block(store):
-    own = {f"{method}__images": 4 + i for i, method in enumerate(GENERATORS)}
-    own |= {f"{method}__student_steps": 3 + i for i, method in enumerate(GENERATORS)}
-    own = fm.Experiment(small_settings(budget="own", **own), store)
-    for i, method in enumerate(GENERATORS):
-        outcome = own.outcome(method)
-        assert (len(outcome.synthetic), outcome.student_steps) == (4 + i, 3 + i), method
-    for method in ("fedmitr", "fadi"):
-        outcome = own.outcome(method)
-        assert (len(outcome.synthetic), outcome.student_steps) == (20, 6), method
-
-
-def test_bytes_up_and_down_are_those_of_the_files(results, these, store, tmp_path):
-    folders = [store / "uploads" / these.upload_key(k) for k in range(2)]
-    counted = sum(
-        (f / name).stat().st_size for f in folders for name in ("weights.safetensors", "upload.json")
-    )
-    counted -= sum(len(f',"sha256":"{u.digest}"') for u in these.counted_uploads)  # part of the transport
-    histograms = [",".join(map(str, u.class_counts)) for u in these.counted_uploads]
-    without = counted - sum(len(f"[{h}]") - len("null") for h in histograms)
-    save_file(these.initial.state_dict(), tmp_path / "shared.safetensors")
-    shared = 2 * (tmp_path / "shared.safetensors").stat().st_size
-    for method, result in results.items():
-        up = {"fedftg": counted, "local": 0, "central": 0}.get(method, without)
-        if method != "fusefl":  # several messages: tests/client/test_fusefl.py
-            assert result.upload_bytes == up, method
-            assert result.download_bytes == (0 if method == "central" else shared), method
-
-
-def test_exchanges_are_one_but_for_fusefl_and_what_is_not_federated(results):
-    found = {method: result.exchanges for method, result in results.items()}
-    assert found == dict.fromkeys(METHODS, 1) | {"fusefl": 2, "local": 0, "central": 0}
-
-
-def test_inference_costs_one_model_or_all_of_them(results, these):
-    one = forward_flops(these.initial, 9) + 2 * 96 * 10  # and the head
-    for method, result in results.items():
-        assert result.inference_flops == one * (2 if method in ("ensemble", "fusefl") else 1), method
 
 
 # The store.
@@ -109,60 +43,56 @@ def test_the_same_settings_give_the_same_models_in_another_store(results, these,
         assert equal(state_of(fresh.outcome(method)), state_of(these.outcome(method))), method
 
 
-# Which clients send their class histogram.
+# What methods are given.
+
+
+def parts(upload):
+    """What a client sends: weights, class histogram, statistics."""
+    sent = {
+        "weights": upload.weights,
+        "class histogram": upload.class_counts,
+        "statistics": upload.statistics,
+    }
+    return [name for name, value in sent.items() if value is not None]
 
 
 def given_to_methods(these, monkeypatch):
     """What every method gets, none of them run."""
     seen = {}
     for method in list(METHODS):
-        note = replace(METHODS[method], run=lambda given, *_, name=method: seen.update({name: given}))
+        note = replace(METHODS[method], run=lambda *given, name=method: seen.update({name: given}))
         monkeypatch.setitem(METHODS, method, note)
         these.outcome(method)
     return seen
 
 
-def test_only_fedftg_is_given_class_histograms_where_the_ensemble_needs_none(results, these, monkeypatch):
-    seen = given_to_methods(these, monkeypatch)
-    for method in set(METHODS) - {"fusefl", "central"}:
-        counted = [u.class_counts is not None for u in seen[method]]
-        assert counted == [method == "fedftg"] * 2, method
-    assert [type(c) for c in seen["fusefl"]] == [FusionClient] * 2 and len(seen["central"]) == 1
+@pytest.mark.parametrize("mode", ["mean_probs", "class"])
+def test_methods_are_given_what_their_records_say_and_no_more(mode, results, store, monkeypatch, no_work):
+    these = fm.Experiment(small_settings(ensemble__mode=mode), store)
+    counted = ["class histogram"] * (mode == "class")
+    for method, (given, _, _, *more) in given_to_methods(these, monkeypatch).items():
+        record = METHODS[method]
+        if method == "fusefl":
+            assert [type(c) for c in given] == [FusionClient] * 2
+            continue
+        alone = record.given == "central"
+        assert len(given) == (1 if alone else 2), method
+        uploads = [c.upload for c in given] if record.given == "clients" else given
+        for upload in uploads:
+            assert upload.checked() is upload
+            if record.given == "clients":  # their sums come later
+                assert parts(upload) == ["weights", *counted], method
+            elif alone:
+                assert parts(upload)[0] == ("weights" if method == "central" else "statistics")
+            else:
+                assert parts(upload) == record.sent_under(these.settings) or not record.sends, method
+        assert len(more) == (method == "real_images")
 
 
-def test_in_class_mode_every_method_is_given_class_histograms(results, store, monkeypatch, no_work):
-    seen = given_to_methods(fm.Experiment(small_settings(ensemble__mode="class"), store), monkeypatch)
-    for method in set(METHODS) - {"fusefl", "central"}:
-        assert all(u.class_counts for u in seen[method]), method
-
-
-# Hard settings.
-
-SKEWED = {
-    "ten clients of one class": dict(
-        partition__clients=10,
-        partition__scheme="shards",
-        partition__classes_per_client=1,
-        partition__min_size=1,
-        ensemble__mode="class",
-    ),
-    "twenty clients of extreme skew": dict(
-        partition__clients=20, partition__alpha=0.01, partition__min_size=2
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SKEWED)
-def test_every_method_survives(name, tmp_path):
-    hard = fm.Experiment(small_settings(**SKEWED[name]), tmp_path)
-    sizes = [len(shard) for shard in hard.shards]
-    assert len(sizes) == SKEWED[name]["partition__clients"] and sum(sizes) == 179
-    for method in METHODS:
-        if len(sizes) < 20 or method != "fusefl":  # which runs every client's blocks at every client
-            for model in hard.outcome(method).models:
-                assert all(torch.isfinite(p).all() for p in model.parameters()), method
-                assert 0 <= accuracy(model, hard.task.test) <= 1, method
-    assert math.isfinite(hard.result("dense").accuracy)
+def test_real_images_are_those_of_the_training_split_and_no_others_get_any(these, monkeypatch):
+    given = given_to_methods(these, monkeypatch)
+    assert given["real_images"][3] is these.task.train.images
+    assert {len(args) for method, args in given.items() if method != "real_images"} == {3}
 
 
 @pytest.mark.parametrize(

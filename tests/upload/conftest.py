@@ -74,7 +74,7 @@ def seal():
     def write(folder):
         tree = json.loads((folder / CARD).read_text())
         tree.pop("sha256", None)
-        sent = [WEIGHTS] * (tree["weights"] is True) + [STATISTICS] * (tree["features"] is not None)
+        sent = [WEIGHTS] * (tree.get("weights", True) is True) + [STATISTICS] * ("features" in tree)
         digests = "".join(hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sent)
         tree["sha256"] = hashlib.sha256((digests + Card(**tree).model_dump_json()).encode()).hexdigest()
         (folder / CARD).write_text(json.dumps(tree))

@@ -41,6 +41,14 @@ def test_bytes_are_the_sizes_of_the_files_without_the_checksum(upload, tmp_path)
     assert upload.bytes == arrays + len(json.dumps(card, separators=(",", ":")).encode())
 
 
+def test_a_card_of_weights_alone_mentions_no_statistics(whole, alone):
+    """So uploads that were stored before there were any stay as they are."""
+    fields = {"client", "size", "shape", "class_counts"}
+    assert set(json.loads(whole.without_statistics().card.model_dump_json())) == fields
+    assert set(json.loads(whole.card.model_dump_json())) == fields | {"features"}
+    assert set(json.loads(alone.card.model_dump_json())) == fields | {"weights", "features"}
+
+
 def test_statistics_alone_are_a_fraction_of_the_weights(whole, alone):
     gram = 8 * (96 * 97 // 2 + 96 * 10 + 10)  # the counts, the sums and half the Gram matrix
     assert gram < alone.bytes < gram + 1000
@@ -180,7 +188,7 @@ SPOILT = {
     "features of other classes": (declare(num_classes=11), "num_classes=11"),
     "features of more": (edit_card(lambda c: c["features"].update(images=3)), "images"),
     "a name of a book": (edit_card(lambda c: c["features"].update(weights="w" * 300)), "weights"),
-    "nothing that is sent": (edit_card(lambda c: c.update(weights=False, features=None)), "neither"),
+    "nothing that is sent": (edit_card(lambda c: (c.update(weights=False), c.pop("features"))), "neither"),
     "weights that may be": (edit_card(lambda c: c.update(weights="perhaps")), "weights"),
 }
 

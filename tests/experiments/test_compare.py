@@ -74,6 +74,25 @@ def test_clients_that_settings_share_are_trained_once(notes, tmp_path):
     assert [n for n in notes if n[0] == "run"] == [("run", s, "local") for s in (0, 0, 2)]
 
 
+def test_clients_are_trained_only_where_some_method_needs_their_weights(notes, tmp_path):
+    module.compare(["ridge", "central_ridge", "ncm"], settings_of(0), tmp_path)
+    assert not [note for note in notes if note[0] == "train"]
+    module.compare(["ridge", "fedavg"], settings_of(0), tmp_path)
+    assert [note for note in notes if note[0] == "train"] == [("train", 0, k) for k in range(4)]
+
+
+def test_methods_on_statistics_are_compared_on_clients_that_never_train(tmp_path, monkeypatch, forbid):
+    monkeypatch.setenv("FEDMITR_JOBS", "1")
+    forbid(made, "train_client")
+    methods = ["ncm", "ridge", "lda", "fishermix", "central_ridge"]
+    table = module.compare(methods, [small_settings(seed=seed) for seed in (0, 1)], tmp_path)
+    assert list(table["method"]) == methods * 2 and not (tmp_path / "uploads").exists()
+    ridge, central = (table[table["method"] == name] for name in ("ridge", "central_ridge"))
+    assert list(ridge["accuracy"]) == list(central["accuracy"])
+    assert (ridge["upload_bytes"] > 0).all() and (central["upload_bytes"] == 0).all()
+    assert (table["client_seconds"][table["method"] == "ridge"] > 0).all()
+
+
 def test_a_bad_setting_anywhere_stops_before_any_work(notes, tmp_path):
     with pytest.raises(BadInput, match="seed=13"):
         module.compare(["fedmitr"], settings_of(0, 13), tmp_path, tmp_path / "runs.csv")

@@ -13,6 +13,7 @@ from fedmitr.evaluation.foreground import surviving_patches
 from fedmitr.evaluation.metrics import predict
 from fedmitr.evaluation.plan import plan
 from fedmitr.experiments.run import Experiment
+from fedmitr.methods import METHODS
 from fedmitr.server import ensemble as room
 from fedmitr.server.ensemble import Owners
 from fedmitr.settings import Settings, parse_assignment
@@ -177,15 +178,33 @@ def test_a_run_with_two_architectures(tmp_path):
     assert text.exit_code == 0 and "FedAvg" not in text.stdout
 
 
-@pytest.mark.parametrize("method", ["fdafl", "fadi", "dense", "co_boosting", "fedftg", "ensemble", "local"])
-def test_every_other_method_takes_them(method, tmp_path_factory):
+OTHERS = [name for name, record in METHODS.items() if not record.averages and name != "fedmitr"]
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_every_other_method_that_does_not_average_takes_them(method, tmp_path_factory):
     store = tmp_path_factory.getbasetemp() / "mixed"
     few = [
         w for n in ("fdafl", "dense", "co_boosting", "fedftg") for w in ("--set", f"{n}.generator_steps=1")
     ]
-    few += ["--set", "fadi.iterations=2"]
+    few += ["--set", "fadi.iterations=2", "--set", "fishermix.epochs=1"]
     result = read_cli("run", "--method", method, "--json", "--store", store, *MIXED, *few)
     assert np.isfinite(result["accuracy"]) and result["fedavg_accuracy"] is None
+
+
+def test_statistics_are_the_shared_models_whatever_a_clients_own_is(tmp_path):
+    """So they add, and are those of clients that all have the shared model."""
+    pair = {"client.models": ["vit_micro_deep", "vit_micro_patch6"], "distill.start": "initial"}
+    mixed, equal = (
+        Experiment(Settings.load("smoke", {"partition.clients": 2} | changes), tmp_path)
+        for changes in (pair, {})
+    )
+    for one, other in zip(mixed.uploads_for("ridge"), equal.uploads_for("ridge"), strict=True):
+        assert one.digest == other.digest and one.shape.name == "vit_micro"
+    whole = mixed.uploads_for("fedmitr_plus")
+    assert [u.shape.name for u in whole] == pair["client.models"]
+    assert [u.features for u in whole] == [mixed.features] * 2
+    assert mixed.result("ridge").accuracy == equal.result("ridge").accuracy
 
 
 def test_a_client_with_the_global_architecture_is_the_same_client(tmp_path):
@@ -211,6 +230,9 @@ def test_two_students_of_one_store_have_images_and_references_of_their_own(tmp_p
     [
         ("fedavg", [], ("fedavg", "one architecture", "client.models", "vit_micro_patch6")),
         ("fusefl", [], ("fusefl", "one architecture")),
+        ("fedavg_ridge", [], ("fedavg_ridge", "one architecture")),
+        ("textures", ["--set", "distill.start=average"], ("distill.start", "initial")),
+        ("real_images", ["--set", "distill.start=average"], ("distill.start", "initial")),
         ("fedmitr", ["--set", "distill.start=average"], ("distill.start", "initial")),
         ("dense", ["--set", "distill.start=average"], ("distill.start", "initial")),
         ("fedmitr", ["--set", "client.models=[vit_maximal]"], ("client.models", "vit_maximal", "allowed")),

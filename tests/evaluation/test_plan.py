@@ -53,12 +53,13 @@ def test_distillation_is_labels_for_every_view_and_a_step_for_every_batch(vit):
     costs, found = ModelCosts.of(vit), stages("fedmitr")
     settings = Settings.load("laptop")
     images, views = settings.inversion.images, settings.distill.views
-    seen = images * views + 4 * images  # four views of each to calibrate
-    assert found["labels"].flops == seen * 5 * costs.forward.flops
+    assert found["labels"].flops == images * views * 5 * costs.forward.flops
     assert found["student"].flops == 400 * 64 * costs.grad_weights.flops
-    fresh = stages("fedmitr", {"distill.views": 0, "distill.calibrate": 0})["labels"]
+    fresh = stages("fedmitr", {"distill.views": 0})["labels"]
     assert fresh.flops == 400 * 64 * 5 * costs.forward.flops
     assert fresh.memory < found["labels"].memory
+    offsets = stages("fedmitr", {"distill.calibrate": 0.1})["labels"]  # four more views of each
+    assert offsets.flops == images * (views + 4) * 5 * costs.forward.flops
 
 
 def test_messages_are_those_of_real_uploads():
@@ -67,6 +68,39 @@ def test_messages_are_those_of_real_uploads():
     assert stages("fedavg")["clients"].bytes == pytest.approx(both_ways, rel=0.01)
     assert stages("fusefl")["clients"].bytes == pytest.approx(3 * both_ways, rel=0.01)
     assert stages("local")["clients"].bytes == stages("central")["central"].bytes == 0
+
+
+@pytest.mark.parametrize("tokens, width", [("cls", 96), ("patches", 96), ("both", 192)])
+def test_statistics_are_one_pass_and_one_product_an_image(vit, tokens, width):
+    found = stages("ridge", {"statistics.tokens": tokens})
+    images = training_images(Settings.load("laptop").task)
+    assert list(found) == ["clients"] and "one pass" in found["clients"].what
+    forward = ModelCosts.of(vit).forward.flops
+    assert found["clients"].flops == images * (forward + 2 * width * width)
+    sums = 8 * (10 + 10 * width + width * (width + 1) // 2)  # float64
+    model = 4 * sum(value.numel() for value in vit.state_dict().values())
+    assert found["clients"].bytes == 5 * (model + sums)
+    beside = stages("fedmitr_plus", {"statistics.tokens": tokens})["clients"]
+    plain = stages("fedmitr")["clients"]
+    assert beside.bytes == plain.bytes + 5 * sums and beside.memory == plain.memory
+    assert beside.flops - plain.flops == pytest.approx(found["clients"].flops)
+    off = stages("fedmitr_plus", {"fedmitr_plus.statistics": False})["clients"]
+    assert (off.bytes, off.flops) == (plain.bytes, plain.flops)
+
+
+def test_a_second_exchange_sends_the_average_or_all_models_and_wider_sums(vit):
+    model = 4 * sum(value.numel() for value in vit.state_dict().values())
+    for method, models in (("fedavg_ridge", 1), ("stacking", 5)):
+        width = 192 * models
+        sums = 8 * (10 + 10 * width + width * (width + 1) // 2)
+        assert stages(method)["clients"].bytes == 5 * (2 * model + models * model + sums)
+    assert stages("stacking")["clients"].flops > stages("fedavg_ridge")["clients"].flops
+
+
+def test_what_is_not_federated_sends_nothing_and_trains_one_model_or_none():
+    trained, summed = stages("central")["central"], stages("central_ridge")["central"]
+    assert trained.bytes == summed.bytes == 0 and summed.flops < trained.flops / 10
+    assert summed.flops == stages("ridge")["clients"].flops
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -132,7 +166,7 @@ def add_method():
 
 def test_a_users_method_without_work_is_a_distillation_with_the_common_budget(add_method):
     add_method()  # of the family "synthetic images"
-    mine, ours = stages("mine"), stages("fedmitr", {"distill.calibrate": 0})
+    mine, ours = stages("mine"), stages("fedmitr")
     assert list(mine) == ["clients", "labels", "student"]
     assert all(mine[name] == ours[name] for name in mine)
 

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fedmitr as fm
 from fedmitr.evaluation.flops import forward_flops
+from fedmitr.evaluation.plan import plan
 from fedmitr.methods import METHODS
 
 FEDMITRS = ("fedmitr", "fedmitr_plus")
@@ -140,6 +141,16 @@ def test_bytes_down_are_the_shared_model_and_what_is_sent_back(results, these, t
             back = {"fedavg_ridge": 1, "stacking": 2}.get(method, 0)  # the average, or both models
             wanted = 0 if method in CENTRAL else 2 * model * (1 + back)
             assert result.download_bytes == wanted, method
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plan_foretells_the_bytes_of_the_run(method, results):
+    """But for the headers of its files and the cards; of floats, weights have 4 bytes and sums 8."""
+    result = results[method]
+    told = sum(stage.bytes for stage in plan(method, small_settings()))
+    sends = method not in ("local", *CENTRAL)
+    found = result.upload_bytes + result.download_bytes if sends else 0
+    assert told == pytest.approx(found, rel=0.01)
 
 
 def test_exchanges_are_one_but_for_those_of_several_and_what_is_not_federated(results):

@@ -28,7 +28,7 @@ def test_settings_lists_every_setting_with_meaning_and_source():
 def test_methods_lists_every_record_one_line_each():
     with registrations_taken_back():
         register(Method("mine", METHODS["fedavg"].run, label="Mine", family="average"))
-        header, *lines, first, second = call_cli("methods").stdout.splitlines()
+        header, *lines, last = call_cli("methods").stdout.splitlines()
         rows = [json.loads(line) for line in call_cli("methods", "--json").stdout.splitlines()]
         records = list(METHODS.values())
     assert [row["name"] for row in rows] == [line.split()[0] for line in lines] == [r.name for r in records]
@@ -40,12 +40,18 @@ def test_methods_lists_every_record_one_line_each():
             record.citation,
         )
     found = {row["name"]: (row["sends"], row["exchanges"], row["models"]) for row in rows}
+    everything = ["weights", "class histogram", "statistics"]
     assert found["mine"] == found["fedmitr"] == (["weights"], 1, 1)
-    assert found["fedftg"] == (["weights", "class histogram"], 1, 1)
+    assert found["fedftg"] == (everything[:2], 1, 1) and found["fedmitr_plus"] == (everything, 1, 1)
     assert found["fusefl"] == (["weights"], "fusefl.stages", "K")
+    assert found["ridge"] == (["statistics"], 1, 1) and found["central_ridge"] == ([], 0, 1)
+    assert found["fedavg_ridge"] == (["weights", "statistics"], 2, 1)
+    assert found["stacking"] == (["weights", "statistics"], 2, "K")
     assert found["local"] == ([], 0, 1) and found["ensemble"] == (["weights"], 1, "K")
-    assert header.split()[:3] == ["name", "label", "family"]
-    assert first.startswith("models:") and "ensemble.mode" in second and "inversion.teacher" in second
+    assert header.split()[:5] == ["name", "label", "family", "clients", "send"]
+    (ridge,) = (line for line in lines if line.startswith("ridge "))
+    (local,) = (line for line in lines if line.startswith("local "))
+    assert " statistics " in ridge and " nothing " in local and last.startswith("models:")
 
 
 def test_help_names_methods_and_profiles():

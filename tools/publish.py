@@ -80,7 +80,11 @@ def main(profile: str, into: Path | None, only: str | None) -> None:
         shutil.copyfile(figure, into / "figures" / figure.name)
     for book in sorted((shipped / "notebooks").glob("*.ipynb")):
         store_outputs(book, into / "notebooks" / book.name)
-    if not only:  # else the numbers of the other notebooks would be lost
+    if not only:  # else pictures and numbers of the other notebooks would be lost
+        made = {figure.name for figure in (shipped / "figures").glob("*.png")}
+        for figure in (into / "figures").glob("*.png"):
+            if figure.name not in made:
+                figure.unlink()  # no notebook draws it any more
         table = summarise_numbers(read_numbers(shipped / "results" / NUMBERS), others)
         write_csv(table, into / HEADLINE, digits=4)
 

@@ -136,18 +136,21 @@ def published(tmp_path, monkeypatch):
         return "the table"
 
     monkeypatch.setattr(script, "reproduce", reproduce)
-    before = dict(os.environ)
+    before, into = dict(os.environ), tmp_path / "into"
+    (into / "figures").mkdir(parents=True)
+    (into / "figures" / "00_gone.png").write_bytes(b"of a notebook that changed")
     done = CliRunner().invoke(
-        script.main, ["--profile", "smoke", "--into", str(tmp_path / "into")], catch_exceptions=False
+        script.main, ["--profile", "smoke", "--into", str(into)], catch_exceptions=False
     )
     assert done.exit_code == 0 and "the table" in done.output, done.output
     assert dict(os.environ) == before
-    return tmp_path / "into", calls, script
+    return into, calls, script
 
 
 def test_publish_stores_pictures_numbers_with_their_spread_and_outputs(published):
     into, calls, script = published
     assert calls == [*((script.ON_SEEDS, seed) for seed in (1, 2, 3, 4)), (None, None)]
+    assert [figure.name for figure in (into / "figures").iterdir()] == ["00_overview.png"]
     assert (into / "figures" / "00_overview.png").read_bytes() == b"picture"
     (row,) = pd.read_csv(into / HEADLINE).to_dict("records")
     assert row["number"] == "accuracy" and row["stored"] == 0.5

@@ -15,15 +15,30 @@ from flwr.app import Array, ArrayRecord
 
 import fedmitr as fm
 from fedmitr.core.errors import BadInput
+from fedmitr.data.photos import own_images
 from fedmitr.flower_app import Order, local_upload, refusal, serve
 from fedmitr.methods import METHODS
 from fedmitr.settings import build, parse_assignment
+from fedmitr.vision.features import FeatureClassifier
+from fedmitr.vision.vit import normalisation
 
 REFUSED = [name for name, method in METHODS.items() if refusal(method)]
 
 
-@pytest.mark.parametrize("method, reverse", [("fedmitr", False), ("fedmitr", True), ("fedavg", True)])
-def test_the_global_model_is_that_of_a_run_bit_for_bit(method, reverse, nodes, experiment, config, capfd):
+SENT = [
+    ("fedmitr", {"weights"}),
+    ("fedavg", {"weights"}),
+    ("ridge", {"statistics"}),
+    ("lda", {"statistics"}),
+    ("fedmitr_plus", {"weights", "statistics"}),
+]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("method, sent", SENT, ids=[method for method, _ in SENT])
+def test_the_global_model_is_that_of_a_run_bit_for_bit(
+    method, sent, reverse, nodes, experiment, config, capfd
+):
     grid = Loopback(nodes, reverse=reverse)
     outcome = serve(grid, config | {"method": method})
     (expected,) = experiment.outcome(method).models
@@ -32,10 +47,11 @@ def test_the_global_model_is_that_of_a_run_bit_for_bit(method, reverse, nodes, e
     assert same_weights(written, outcome.models[0].state_dict())
     assert "3 of 3 clients sent a usable upload\n" in capfd.readouterr().err
     for reply in grid.replies:  # nothing but the upload crosses
-        assert set(reply.content) == {"weights", "card"}
+        assert set(reply.content) == sent | {"card"}
+        assert ("class_counts" in reply.content["card"]) == (method == "fedmitr_plus")
     (kept,) = Path(config["store"], "received").iterdir()
     digests = [fm.Upload.load(kept / f"client{k}").digest for k in range(3)]
-    assert digests == [u.digest for u in experiment.uploads]
+    assert digests == [u.digest for u in experiment.uploads_for(method)]
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -111,6 +127,39 @@ def test_a_spoilt_upload_is_left_out_by_name(nodes, config, capfd):
     assert "rejected: upload of client 1: weight 'head.bias' holds NaN or Inf\n" in told
 
 
+def test_without_one_node_statistics_are_those_of_the_others(nodes, experiment, config, capfd):
+    node = next(node for node, held in nodes.items() if held["partition-id"] == 1)
+    outcome = serve(Loopback(nodes, silent={node}), config | {"method": "ridge"})
+    left = [experiment.uploads_for("ridge")[k] for k in (0, 2)]
+    expected = METHODS["ridge"](left, experiment.settings, experiment.store).models[0]
+    assert same_weights(outcome.models[0].state_dict(), expected.state_dict())
+    assert "2 of 3 clients sent a usable upload; missing: 1\n" in capfd.readouterr().err
+
+
+def test_the_file_of_a_method_on_statistics_is_read_as_the_docs_say(nodes, experiment, config):
+    (model,) = serve(Loopback(nodes), config | {"method": "ridge"}).models
+    arrays, tokens = load_file(config["out"]), experiment.settings.statistics.tokens
+    vit = fm.create_vit("vit_micro", 10)
+    again = FeatureClassifier([vit], tokens, arrays["head.weight"], arrays["head.bias"])
+    again.load_state_dict(arrays)
+    images = experiment.task.validation.images[:9]
+    assert torch.equal(again(images), model(images))
+
+
+def test_statistics_of_another_shared_model_are_left_out_by_name(nodes, config, capfd):
+    """A client whose file of shared weights is another one says so by its digest."""
+
+    def swap(node, reply):
+        if nodes[node]["partition-id"] == 2:
+            reply.content["card"]["features.weights"] = "0" * 64
+        return reply
+
+    serve(Loopback(nodes, spoil=swap), config | {"method": "ridge"})
+    told = capfd.readouterr().err
+    assert "rejected: upload of client 2: its statistics are of tokens='both'" in told
+    assert "with weights '000000000000'" in told and "missing: 2\n" in told
+
+
 @pytest.mark.parametrize("there", [0, 1])
 def test_too_few_uploads_are_one_line(there, nodes, config, one_line):
     few = dict(list(nodes.items())[:there])
@@ -177,13 +226,37 @@ def test_clients_train_on_folders_of_their_own(pictures, config, capfd):
     grid = Loopback(nodes)
     small = SET + " task.name=image-folder partition.clients=2"
     serve(grid, config | {"method": "fedavg", "set": small, "classes": "cat, dog, fox"})
-    assert [r.content["card"]["class_counts"] for r in grid.replies] == [[4, 4, 0], [0, 0, 4]]
+    assert [r.content["card"]["size"] for r in grid.replies] == [8, 4]
     assert load_file(config["out"])["head.bias"].shape == (3,)
     mixed = small + " client.models=[vit_micro_deep] distill.start=initial"
     serve(Loopback(nodes), config | {"set": mixed, "classes": "cat, dog, fox"})
     assert load_file(config["out"])["head.bias"].shape == (3,)
     told = capfd.readouterr().err
     assert "cat/broken.jpg cannot be read and is left out\n" in told and "2 of 2 clients" in told
+
+
+@pytest.mark.parametrize("method", ["ridge", "fedmitr_plus"])
+def test_clients_sum_features_of_folders_of_their_own(method, pictures, config):
+    nodes = {5 + k: {"partition-id": k, "data-dir": str(pictures / f"own{k}")} for k in range(2)}
+    nodes = {node: held | {"store": str(pictures / "store")} for node, held in nodes.items()}
+    grid = Loopback(nodes)
+    small = SET + " task.name=image-folder partition.clients=2 statistics.tokens=cls"
+    outcome = serve(grid, config | {"method": method, "set": small, "classes": "cat, dog, fox"})
+    (kept,) = Path(config["store"], "received").iterdir()
+    uploads = [fm.Upload.load(kept / f"client{k}") for k in range(2)]
+    assert [u.statistics.counts.tolist() for u in uploads] == [[4, 4, 0], [0, 0, 4]]
+    assert [u.weights is None for u in uploads] == [method == "ridge"] * 2
+    vit = fm.create_vit("vit_micro", 3).double().eval()
+    for client, upload in enumerate(uploads):  # timm's own pass over the client's files
+        names, stats = ("cat", "dog", "fox"), normalisation(vit)
+        pixels, labels = own_images(str(pictures / f"own{client}"), names, 24, stats)
+        with torch.no_grad():
+            features = vit.forward_features(pixels[torch.arange(len(labels))].double())[:, 0]
+        torch.testing.assert_close(upload.statistics.gram, features.T @ features)
+    if method == "ridge":
+        (model,) = outcome.models
+        assert model(torch.zeros(2, 1, 24, 24)).shape == (2, 3)
+        assert load_file(config["out"])["head.bias"].shape == (3,)
 
 
 def test_a_class_that_nobody_named_is_one_line(pictures, one_line):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import statistics_alone, with_statistics
 
 pytest.importorskip("flwr")
 
@@ -11,6 +12,7 @@ from flwr.app import Array, ConfigRecord, Error, Message, RecordDict
 
 from fedmitr.core.errors import BadInput
 from fedmitr.flower_app import Order, accept, pack, unpack
+from fedmitr.flower_message import flat, nested
 
 
 @pytest.mark.parametrize("counted", [True, False])
@@ -60,8 +62,18 @@ MALFORMED = {
     "counts": (card(class_counts=[1, 2]), "client 1", "class_counts"),
     "counts of another size": (card(class_counts=[3] * 10), "client 1", "class_counts"),
     "no card": (lambda c: c.pop("card"), "node 7", "card"),
-    "no weights": (lambda c: c.pop("weights"), "node 7", "weights"),
-    "more than an upload": (lambda c: c.__setitem__("images", ConfigRecord()), "node 7", "images"),
+    "no weights": (lambda c: c.pop("weights"), "client 1", "declares card, weights"),
+    "more than an upload": (lambda c: c.__setitem__("images", ConfigRecord()), "client 1", "images"),
+    "weights that are no arrays": (
+        lambda c: c.__setitem__("weights", ConfigRecord()),
+        "client 1",
+        "ConfigRecord",
+    ),
+    "statistics that no card declares": (
+        lambda c: c.__setitem__("statistics", c["weights"]),
+        "client 1",
+        "holds card, statistics, weights",
+    ),
     "nothing": (lambda c: c.clear(), "node 7", "nothing"),
 }
 
@@ -99,12 +111,19 @@ def test_settings_survive_the_message(experiment):
 
 @pytest.mark.parametrize(
     "change, word",
-    [({"client": 3}, "allowed are 0 to 2"), ({"class_counts": None}, "class_counts is missing")],
+    [
+        ({"client": 3}, "allowed are 0 to 2"),
+        ({"class_counts": None}, "class_counts is missing"),
+        ({"weights": None}, "weights are missing"),
+        ({"statistics": None, "features": None}, "statistics are missing"),
+    ],
 )
 def test_uploads_that_the_settings_do_not_ask_for_are_rejected(change, word, uploads, experiment, capfd):
-    content = pack(replace(uploads[1], **change))
-    ask = Message(RecordDict(), 7, "train")
-    order = Order("fedmitr", experiment.settings, ())
+    ask, order = Message(RecordDict(), 7, "train"), Order("fedmitr_plus", experiment.settings, ())
+    whole = with_statistics(uploads[1], "both", experiment.settings.model)
+    (kept,) = accept({7: Message(pack(whole), reply_to=ask)}, order, order.shape)
+    assert kept.digest == whole.digest
+    content = pack(replace(whole, **change))
     assert accept({7: Message(content, reply_to=ask)}, order, order.shape) == []
     assert word in capfd.readouterr().err
 
@@ -115,3 +134,87 @@ def test_an_error_without_a_reason_is_one_line(uploads, experiment, capfd):
     replies = {node: Message(Error(0, reason), reply_to=ask) for node, reason in enumerate(reasons)}
     assert accept(replies, Order("fedmitr", experiment.settings, ()), uploads[0].shape) == []
     assert len(capfd.readouterr().err.splitlines()) == 3
+
+
+# Statistics, beside weights and alone.
+
+
+@pytest.fixture(params=["beside weights", "alone"])
+def informed(request, uploads):
+    upload = with_statistics(uploads[1])
+    return upload if request.param == "beside weights" else statistics_alone(upload)
+
+
+def test_statistics_survive_the_message_bit_for_bit(informed):
+    content = pack(informed)
+    parts = {"card", "statistics"} | ({"weights"} if informed.weights else set())
+    assert set(content) == parts
+    again = unpack(content, 7, lambda client: informed.shape, informed.features)
+    assert again.digest == informed.digest and again.card == informed.card
+    for name, value in vars(informed.statistics).items():
+        assert torch.equal(getattr(again.statistics, name), value)
+
+
+def sums(name, change):
+    def spoil(content):
+        array = torch.from_numpy(content["statistics"][name].numpy().copy())
+        content["statistics"][name] = Array(change(array))
+
+    return spoil
+
+
+def put(index, value):
+    def change(array):
+        array[index] = value
+        return array
+
+    return change
+
+
+BAD_SUMS = {
+    "a negative count": (sums("counts", put(0, -1)), "negative"),
+    "other counts": (sums("counts", put(0, 3)), "size"),
+    "NaN": (sums("sums", put((1, 0), float("nan"))), "sums holds NaN"),
+    "a huge number": (sums("gram", put(0, 1e300)), "gram holds"),
+    "no gram of images": (sums("gram", lambda gram: gram / 2), "no images have these sums"),
+    "a gram of another width": (sums("gram", lambda gram: gram[:-1]), "'gram' is torch.float64 [4655]"),
+    "single precision": (sums("sums", lambda array: array.float()), "float32"),
+    "a missing array": (lambda c: c["statistics"].pop("sums"), "'sums' is missing"),
+    "no statistics": (lambda c: c.pop("statistics"), "declares card, statistics"),
+    "no arrays": (lambda c: c.__setitem__("statistics", ConfigRecord()), "ConfigRecord"),
+    "other tokens": (card(features__tokens="both"), "allowed are those of tokens='cls'"),
+    "another model": (card(features__shape__name="vit_micro_deep"), "allowed are those of"),
+    "other weights": (card(features__weights="0" * 64), "allowed are those of"),
+    "a huge model": (card(features__shape__num_classes=10**12), "features.shape.num_classes"),
+    "features without tokens": (card(features__tokens=None), "features.tokens"),
+    "features of more": (card(features__images=3), "features.images"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SUMS)
+def test_malformed_statistics_are_one_line_that_names_the_client(case, informed, one_line):
+    spoil, word = BAD_SUMS[case]
+    content = pack(informed)
+    spoil(content)
+    with pytest.raises(BadInput) as error:
+        unpack(content, 7, lambda client: informed.shape, informed.features)
+    one_line(error.value, "upload of client 1", word)
+
+
+def test_another_bit_of_the_statistics_is_noticed(informed, one_line):
+    content = pack(informed)
+    sums("sums", lambda array: torch.nextafter(array, 2 * array))(content)
+    with pytest.raises(BadInput) as error:
+        unpack(content, 7, lambda client: informed.shape, informed.features)
+    one_line(error.value, "client 1", "checksum")
+
+
+def test_fields_of_fields_are_named_by_dots_and_come_back(informed):
+    tree = informed.card.model_dump(exclude_none=True)
+    names = flat(tree)
+    assert {"shape.name", "features.tokens", "features.shape.in_chans"} <= set(names)
+    assert not any(isinstance(value, dict) for value in names.values())
+    again = nested(names)
+    assert again["features"] == tree["features"] and again["shape"] == tree["shape"]
+    hostile = nested({"shape": 1, "shape.name": "a", "shape.name.name": "b", "": 2})
+    assert hostile["shape"] == {"name": {"name": "b"}}

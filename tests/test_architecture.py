@@ -26,7 +26,8 @@ ORDER = [
     {"evaluation"},
     {"experiments"},
     {"figures"},
-    {"cli", "flower_app", "flower_message"},
+    {"flower_message"},
+    {"cli", "flower_app"},
     {"__init__"},
 ]
 RANK = {folder: rank for rank, folders in enumerate(ORDER) for folder in folders}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import fedmitr as fm
 import fedmitr.core.processes as module
-import fedmitr.experiments.run as experiment
+import fedmitr.experiments.clients as experiment
 import fedmitr.methods.fedmitr as pipeline
 from fedmitr import cli
 from fedmitr.core.processes import in_workers, jobs, parallel

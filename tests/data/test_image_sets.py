@@ -10,11 +10,11 @@ from photo_files import RGB, SIZE, draw, experiment, fill, load
 from PIL import Image
 
 import fedmitr as fm
-import fedmitr.experiments.run as run
 from fedmitr.core.processes import parallel
 from fedmitr.data import FolderSet, Part, TorchvisionSet, register
 from fedmitr.data.image_sets import IMAGE_SETS, num_classes
 from fedmitr.evaluation.plan import training_images
+from fedmitr.experiments import clients
 from fedmitr.settings.schema import TASKS, TaskSettings
 
 
@@ -122,7 +122,7 @@ def test_a_bad_folder_is_one_line_before_any_training(
 ):
     monkeypatch.setenv("FEDMITR_STATIC", "1")  # no progress bar
     spoil(folder)
-    forbid(run, "train_client")
+    forbid(clients, "train_client")
     settings = fm.Settings.load("smoke", {"task.name": "image-folder", "task.data_dir": str(folder)})
     with pytest.raises(fm.BadInput) as error:
         fm.run("fedavg", settings, tmp_path / "store")

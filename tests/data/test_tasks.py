@@ -11,10 +11,10 @@ from sklearn.datasets import load_digits
 from torchvision.transforms import v2
 
 import fedmitr as fm
-import fedmitr.experiments.run as run
 from fedmitr.data import photos
 from fedmitr.data.image_sets import IMAGE_SETS
 from fedmitr.data.tasks import stratified_split
+from fedmitr.experiments import clients
 from fedmitr.settings.schema import TaskSettings
 
 
@@ -143,7 +143,7 @@ def test_a_run_on_a_folder_and_again_from_the_store(folder, tmp_path, forbid):
     result = first.result("fedavg")
     assert len(result.accuracy_per_class) == 3 and 0 <= result.accuracy <= 1
     forbid(photos, "decode")
-    forbid(run, "train_client")
+    forbid(clients, "train_client")
     assert experiment(folder, tmp_path / "store").result("fedavg") == result
     shutil.copytree(folder, tmp_path / "moved")
     moved = experiment(tmp_path / "moved", tmp_path / "store")

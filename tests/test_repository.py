@@ -108,7 +108,8 @@ def test_the_weights_are_those_of_their_card(name):
     shape = ", ".join(f"{key}={value}" for key, value in MICROS[name].items())
     assert card["model"] == f"{name}: {shape}"
     for part in ("training fonts", "held-out fonts"):
-        assert 0.5 < float(card[f"accuracy, {part}"]) <= 1
+        least = 5 / 52 if name == "vit_micro_early" else 0.5  # early: five times chance
+        assert least < float(card[f"accuracy, {part}"]) <= 1
 
 
 @pytest.mark.parametrize("name", MICROS)

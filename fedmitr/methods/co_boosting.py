@@ -56,7 +56,9 @@ class CoBoostingSettings(DenseSettings):
     perturbation: NotNegative = setting(
         8 / 255, "step of the adversarial perturbation, of full brightness", "Co-Boosting"
     )
-    weight_step: NotNegative = setting(0.01, "step μ of the ensemble's weights; 0: they stay", "Co-Boosting")
+    weight_step: NotNegative = setting(
+        0.002, "step μ of the ensemble's weights; 0: they stay", "choice; Co-Boosting: 0.01"
+    )
     weight_decay: Share = setting(0.99, "factor of μ from round to round", "Co-Boosting")
 
 

@@ -48,6 +48,7 @@ from ._student import KD_TEMPERATURE, Generation, Images, Student
 class DenseSettings(GeneratorSettings):
     """DENSE: images of given classes on which student and ensemble still disagree."""
 
+    lr: Positive = setting(2e-2, "Adam's learning rate of the generator", "choice; DENSE, Co-Boosting: 1e-3")
     kd_temperature: Positive = setting(
         4.0, KD_TEMPERATURE, "DENSE and Co-Boosting, in Co-Boosting's code; DENSE's command: 20"
     )

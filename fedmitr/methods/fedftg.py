@@ -58,7 +58,9 @@ class FedftgSettings(GeneratorSettings):
     )
     batch_size: Count = setting(50, "images of a generator step", "FedFTG")
     lr: Positive = setting(1e-2, "Adam's learning rate of the generator", "FedFTG")
-    classification: NotNegative = setting(1.0, "weight λ_cls of the class-level cross-entropy", "FedFTG")
+    classification: NotNegative = setting(
+        10.0, "weight λ_cls of the class-level cross-entropy", "choice; FedFTG: 1"
+    )
     diversity: NotNegative = setting(1.0, "weight λ_dis of the diversity loss", "FedFTG")
 
 

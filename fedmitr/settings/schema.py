@@ -278,7 +278,7 @@ class DistillSettings(SettingsBlock):
     token_weight: NotNegative = setting(0.1, "λ_tok, weight of the loss of the patch tokens", "choice")
     background: Literal["keep", "texture"] = setting(
         "keep",
-        "pixels of the patches that inversion stopped, in each view: as they are, or new smooth texture",
+        "pixels of stopped patches in each view: as they are, or new noise with natural images' spectrum",
         "choice",
     )
     views: int = setting(

@@ -17,17 +17,19 @@ def test_every_setting_says_what_it_means_and_where_its_default_is_from(row):
 
 def test_every_block_is_there():
     blocks = {name.split(".")[0] for name in defaults()}
-    stages = {"task", "partition", "model", "client", "ensemble", "inversion", "relabel", "distill"}
+    stages = {"task", "partition", "model", "client", "statistics", "ensemble"}
+    stages |= {"inversion", "relabel", "distill"}
     methods = {name for name, method in METHODS.items() if method.settings}
     assert blocks == {"seed", "threads", "budget", *stages, *methods}
-    assert methods == {"fdafl", "fadi", "dense", "co_boosting", "fedftg", "fusefl"}
+    rivals = {"fdafl", "fadi", "dense", "co_boosting", "fedftg", "fusefl"}
+    assert methods == rivals | {"lda", "fishermix", "fedmitr_plus", "calibrated_ensemble"}
 
 
 def test_every_method_with_a_generator_has_its_settings():
     shared = {"rounds", "generator_steps", "lr", "latent", "width", "images", "student_steps"}
-    shared |= {"student_lr", "ce_weight", "calibrate"}
+    shared |= {"student_lr", "kd_temperature", "ce_weight", "calibrate"}
     own = {
-        "fdafl": {"batch_size", "activation", "entropy"},
+        "fdafl": {"batch_size", "one_hot", "activation", "entropy"},
         "dense": {"disagreement", "temperature"},
         "co_boosting": {
             "disagreement",
@@ -45,12 +47,16 @@ def test_every_method_with_a_generator_has_its_settings():
 
 
 def test_published_weights_of_the_other_methods():
-    settings = Settings()
+    settings, paper = Settings(), Settings.load("paper")
     assert (settings.fdafl.activation, settings.fdafl.entropy) == (0.1, 5.0)
     assert (settings.dense.disagreement, settings.dense.temperature) == (1.0, 3.0)
     boosting = settings.co_boosting
     assert (boosting.hardness, boosting.perturbation, boosting.weight_decay) == (1, 8 / 255, 0.99)
-    assert (settings.fedftg.classification, settings.fedftg.diversity) == (1.0, 1.0)
+    assert (paper.fedftg.classification, settings.fedftg.diversity, paper.co_boosting.weight_step) == (
+        1,
+        1,
+        0.01,
+    )
 
 
 def test_the_table_of_settings_is_plain_data():

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 from timm.models.vision_transformer import VisionTransformer
@@ -85,7 +85,7 @@ def plan(name: str, settings: Settings) -> list[Stage]:
     """
     check_methods([name], settings)
     method = find(name)
-    work = method.work_under(settings)
+    work = replace(method.work_under(settings), with_statistics=method.needs_statistics_under(settings))
     student, team = costs_of(settings)
     stages = [_clients(method, settings, student, team)]
     if work.group and len(team) > work.group:
@@ -258,7 +258,8 @@ def _distillation(work: Work, settings: Settings, student: ModelCosts, team: Tea
         Stage(
             "labels",
             f"{views:,} views" + (f", {fit:,} for calibration" if fit else "") + f", by {labelling} clients",
-            (views + fit) * sum(c.forward.flops for c in team) * labelling / len(team),
+            (views + fit) * sum(c.forward.flops for c in team) * labelling / len(team)
+            + (views + fit) * student.forward.flops * work.with_statistics,
             teachers + stored,
         )
     ]

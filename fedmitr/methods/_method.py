@@ -52,8 +52,9 @@ class Work:
     are; student_inverted: the student's forward and backward pass is part of every iteration.
     generator_steps: optimiser steps of a generator in all, each on generator_batch images that pass through
     every client and the student. student_steps: optimiser steps of distillation, 0 where nothing is
-    distilled. calibrate: the penalty of class offsets, 0 where none are fitted. group: clients that are
-    distilled together first, None for all at once.
+    distilled. calibrate: the penalty of class offsets, 0 where none are fitted. with_statistics: the shared
+    model labels every view beside the clients. group: clients that are distilled together first, None for all
+    at once.
     """
 
     images: int = 0
@@ -63,6 +64,7 @@ class Work:
     generator_batch: int = 0
     student_steps: int = 0
     calibrate: float = 0.0
+    with_statistics: bool = False
     group: int | None = None
 
 

@@ -192,7 +192,7 @@ def compare(methods, seeds, profile, task, model, clients, alpha, assignments, s
         find(name)
     from .experiments.compare import compare as compare_all
     from .experiments.compare import parse_seeds
-    from .experiments.statistics import summarise, summarise_skews
+    from .experiments.differences import summarise, summarise_skews
 
     named = {"task": task, "model": model, "clients": clients}
     settings = [

@@ -18,9 +18,11 @@ from .upload import (
     Upload,
     check_card,
     compare_arrays,
+    declared_width,
     expected_arrays,
 )
 
+DEEPEST = 4  # dots in the name of a field; a card's own have two
 PART_OF = {WEIGHTS: "weights", STATISTICS: "statistics"}  # file of an upload -> record of a message
 
 
@@ -76,6 +78,8 @@ def unpack(
         raise BadInput(f"{who}: holds {', '.join(sorted(content)) or 'nothing'}, and no card")
     if isinstance(card.get("client"), int):
         who = f"upload of client {card['client']}"
+    if any(name.count(".") > DEEPEST for name in card):
+        raise BadInput(f"{who}: card: a field is nested deeper than {DEEPEST} groups")
     try:
         read = SealedCard.model_validate(nested(card))
     except ValidationError as failure:
@@ -90,8 +94,8 @@ def unpack(
     parts = {name: read_arrays(who, name, content[name]) for name in declared - {"card"}}
     statistics = None
     if read.features:
-        wanted = expected_arrays(read.shape.num_classes, read.features.width)
-        compare_arrays(f"{who}: statistics", parts["statistics"], wanted)
+        wanted = expected_arrays(read.shape.num_classes, declared_width(who, read.features))
+        compare_arrays(who, parts["statistics"], wanted, "statistics:")
         statistics = Statistics.from_arrays(parts["statistics"])
     upload = Upload(
         read.client,

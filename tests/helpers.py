@@ -61,8 +61,9 @@ def with_statistics(upload: fm.Upload, tokens: str = "cls", model: ModelSettings
     model = model or ModelSettings()
     shape = upload.shape.model_copy(update={"name": model.name})
     features = Features(shape=shape, weights=weights_digest(model), tokens=tokens)
-    drawn = random_features(upload.class_counts, features.width, seed=upload.client)
-    return upload.with_statistics(Statistics.of(*drawn, len(upload.class_counts)), features)
+    drawn, labels = random_features(upload.class_counts, features.width, seed=upload.client)
+    drawn = drawn / 4  # not longer than a LayerNorm's output
+    return upload.with_statistics(Statistics.of(drawn, labels, len(upload.class_counts)), features)
 
 
 def statistics_alone(upload: fm.Upload) -> fm.Upload:

@@ -15,7 +15,7 @@ import pandas as pd
 from fedmitr.core.machine import native_bf16
 from fedmitr.core.paths import default_store, home
 from fedmitr.experiments.compare import seconds_file
-from fedmitr.experiments.statistics import (
+from fedmitr.experiments.differences import (
     GAP,
     HALF,
     LABEL,

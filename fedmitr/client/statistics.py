@@ -7,6 +7,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from ..core.errors import BadInput
 from ..core.machine import device
 from ..core.progress import timed
 from ..data.tasks import Split
@@ -21,15 +22,18 @@ def feature_statistics(vits: Sequence[VisionTransformer], shard: Split, tokens: 
     """Sum the features of a shard's images under frozen ViTs, side by side where there are several.
 
     Nothing is trained. Models and sums are float64, so that sums of clients agree with those of all images
-    to 1e-9 however images are batched.
+    to 1e-9 however images are batched. Raises BadInput for a shard without images.
     """
+    if not len(shard):
+        raise BadInput("statistics of 0 images: a client needs at least 1 image")
     frozen = [copy.deepcopy(vit).to(device()).double().eval() for vit in vits]
-    parts = []
-    for rows in torch.arange(len(shard)).split(min(map(images_at_once, vits))):
+
+    def of(rows: Tensor) -> Statistics:
         images = shard.images[rows].to(device()).double()  # (B, ch, H, W)
         features = torch.cat([image_features(vit, images, tokens) for vit in frozen], dim=1)  # (B, D)
-        parts.append(Statistics.of(features.cpu(), shard.labels[rows], vits[0].num_classes))
-    return add_up(parts)
+        return Statistics.of(features.cpu(), shard.labels[rows], vits[0].num_classes)
+
+    return add_up(map(of, torch.arange(len(shard)).split(min(map(images_at_once, vits)))))
 
 
 class StatisticsClient:

@@ -216,6 +216,8 @@ class _Bench:
             teacher="ensemble",
             augment=0.0,
             tv=TV,
+            tv_norm="norms",
+            clip=True,
             jitter=1 / 8,
             flip=True,
             keep_best=True,

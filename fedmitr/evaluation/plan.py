@@ -30,6 +30,7 @@ from .flops import Pass, one_pass
 
 ADAM = 4  # copies of a model in training: weights, gradients, two moments
 FLOAT = 4  # bytes
+GRAMS = 3  # copies of a Gram matrix while it is summed
 DIGITS = 1797  # images of scikit-learn's digits
 
 
@@ -154,24 +155,27 @@ def _clients(method: Method, settings: Settings, student: ModelCosts, team: Team
     own, count, images = settings.client, len(team), training_images(settings.task)
     alone = method.given == "central"
     trained, flops, memory = [student] if alone else team, 0.0, 0.0
-    sent = sum(c.model_bytes for c in team)  # down
+    summed = method.needs_statistics_under(settings)
+    sent = 0.0
+    if summed:  # down: the shared model, to clients that have not started from it
+        others = [c for c in team if c is not student] if method.needs_weights else team
+        sent += len(others) * student.model_bytes
     if method.needs_weights:
+        sent += 2 * sum(c.model_bytes for c in team)  # down and up
         flops = own.epochs * images * sum(c.grad_weights.flops for c in trained) / len(trained)
         memory = max(ADAM * c.model_bytes + own.batch_size * c.grad_weights.kept for c in trained)
-        sent *= 2
     if method.given == "stages":
         stages = method.exchanges_under(settings)
         # training stage s of S runs s / S of every client's blocks, s = 0 … S − 1: (S − 1) / 2S on average
         flops += own.epochs * images * count * student.forward.flops * (stages - 1) / (2 * stages)
         sent = (count + count * count) * student.model_bytes
-    if method.needs_statistics_under(settings) or method.given == "clients":
+    if summed or method.given == "clients":
         models = [student] if method.single_model or method.given != "clients" else list(team)
         width = sum(feature_width(c.vit, settings.statistics.tokens) for c in models)
         flops += images * (sum(c.forward.flops for c in models) + 2 * width * width)
-        # float64: the models, and sums and Gram matrix as they are held
-        memory = max(
-            memory, 2 * sum(c.model_bytes for c in models) + 2 * FLOAT * width * (width + student.classes)
-        )
+        # float64: the models, sums, and the Gram matrix, its triangle and one that is added to it
+        sums = 2 * FLOAT * width * (GRAMS * width + student.classes)
+        memory = max(memory, 2 * sum(c.model_bytes for c in models) + sums)
         sent += count * 2 * FLOAT * (width * (width + 1) // 2 + (width + 1) * student.classes)
         sent += count * sum(c.model_bytes for c in models) if method.given == "clients" else 0
     who = "one client" if alone else f"{count} clients"
@@ -203,6 +207,8 @@ def _inversion(work: Work, student: ModelCosts, team: Team) -> Stage:
     flops = flops / len(team) if owners else flops
     if work.student_inverted:
         flops += how.iterations * student.grad_image.flops
+    if how.mask == "attention":
+        flops += sum(c.forward.flops for c in team) / (len(team) if owners else 1)
     kept = [c.grad_image.kept for c in team]
     at_once = max(kept) if owners or len(team) > MODELS_AT_ONCE else sum(kept)
     left = remaining(student.patches, how.stop_ratio)
@@ -235,11 +241,12 @@ def _generation(work: Work, student: ModelCosts, team: Team) -> Stage:
     """Plan the passes through clients and student that train a generator, without the generator's own."""
     models = [*team, student]
     kept = [c.grad_image.kept for c in models]
-    at_once = max(kept) if len(team) > MODELS_AT_ONCE else sum(kept)
+    at_once = max(kept) if len(team) > MODELS_AT_ONCE or work.one_client else sum(kept)
+    clients = sum(c.grad_image.flops for c in team) / (len(team) if work.one_client else 1)
     return Stage(
         "generation",
         f"{work.generator_steps:,} steps on {work.generator_batch} images",
-        work.generator_steps * work.generator_batch * sum(c.grad_image.flops for c in models),
+        work.generator_steps * work.generator_batch * (clients + student.grad_image.flops),
         sum(c.model_bytes for c in models) + work.generator_batch * at_once,
     )
 
@@ -249,7 +256,8 @@ def _distillation(work: Work, settings: Settings, student: ModelCosts, team: Tea
     own, count = settings.distill, work.images
     steps = work.student_steps * own.batch_size
     views = (count * own.views if own.views else steps) if steps else 0
-    fit = count * FIT_VIEWS * bool(work.calibrate)
+    # methods that make images round by round fit offsets to views that are labelled already
+    fit = count * FIT_VIEWS * bool(work.calibrate and work.inversion and not work.student_inverted)
     stored = count * own.views * (student.image_bytes + FLOAT * student.classes * (1 + student.patches))
     labelling = min(len(team), own.per_class * student.classes) if own.per_class else len(team)
     teachers = sum(c.model_bytes for c in team)
@@ -258,14 +266,16 @@ def _distillation(work: Work, settings: Settings, student: ModelCosts, team: Tea
         Stage(
             "labels",
             f"{views:,} views" + (f", {fit:,} for calibration" if fit else "") + f", by {labelling} clients",
-            (views + fit) * sum(c.forward.flops for c in team) * labelling / len(team)
+            (views + fit + work.reweighing) * sum(c.forward.flops for c in team) * labelling / len(team)
+            + views * work.perturbed * sum(c.grad_image.flops for c in team)
             + (views + fit) * student.forward.flops * work.with_statistics,
             teachers + stored,
         )
     ]
     if steps:
         what = f"{work.student_steps:,} steps on {own.batch_size} images"
-        flops = steps * student.grad_weights.flops
+        trained = student.forward if own.train == "head" else student.grad_weights
+        flops = steps * trained.flops
         stages.append(Stage("student", what, flops, teachers + stored + training))
     return stages
 

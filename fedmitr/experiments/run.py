@@ -18,6 +18,7 @@ from ..core.store import fingerprint, read_tensors, write_tensors
 from ..evaluation.metrics import share_correct
 from ..methods import Method, Outcome, check_methods, find
 from ..settings import Settings
+from ..settings.schema import ModelSettings
 from ..upload import Upload, wire_bytes
 from ..vision.stages import stage_blocks
 from .clients import Clients
@@ -45,6 +46,9 @@ class Experiment(Clients):
         record = find(method)
         if record.given == "stages":
             return self._exchange(record)
+        if record.given == "clients":
+            for client in self.clients:
+                client.seconds = 0.0  # of this run alone
         given = self.clients if record.given == "clients" else self.uploads_for(record)
         more = [self.task.train.images] if record.given == "images" else []
         return record(given, self.settings, self.store, *more)
@@ -131,12 +135,19 @@ class Experiment(Clients):
         return {
             "exchanges": method.exchanges_under(self.settings),
             "upload_bytes": up,
-            "download_bytes": self._shared_bytes(sent) if down is None else down,
+            "download_bytes": self._shared_bytes(method, sent) if down is None else down,
         }
 
-    def _shared_bytes(self, uploads: Sequence[Upload]) -> int:
-        """Count the bytes of the shared models that these clients were handed."""
-        models = Counter(self.settings.model_of(u.client) for u in uploads)
+    def _shared_bytes(self, method: Method, uploads: Sequence[Upload]) -> int:
+        """Count the bytes of the models that these clients were handed.
+
+        A client trains from the model of its own name; its statistics are of the global one.
+        """
+        own, summed = method.needs_weights, method.needs_statistics_under(self.settings)
+        models: Counter[ModelSettings] = Counter()
+        for upload in uploads:
+            handed = {self.settings.model_of(upload.client)} if own else set()
+            models.update(handed | ({self.settings.model} if summed else set()))
         return sum(count * wire_bytes(self.shared(model).state_dict()) for model, count in models.items())
 
     def _seconds(self, method: str, outcome: Outcome) -> dict[str, float]:

@@ -17,7 +17,7 @@ from ..core.errors import BadInput
 from ..core.store import check_output, write_csv
 from ..settings import Settings, number
 from .compare import COLUMNS, compare
-from .statistics import paired
+from .differences import paired
 
 Overrides = Mapping[str, Any]
 KEPT = ("panel", "cell", *COLUMNS, "synthetic_images", "student_steps", "server_seconds")

@@ -107,9 +107,8 @@ def _accuracies(store: Store, methods: Sequence[str], settings: Settings) -> lis
 def _accuracy(experiment: Experiment, method: str) -> float:
     """Return a method's accuracy on validation images, the mean over its models, from the store if there."""
     settings, images = experiment.settings, experiment.task.validation
-    key = fingerprint(
-        "validation", method, settings.model_dump(), weights_digest(settings.model), experiment.task.digest
-    )
+    whose = weights_digest(settings.model), experiment.task.digest  # a checkpoint's digest, not its place
+    key = fingerprint("validation", method, settings.model_dump(exclude={"model": {"checkpoint"}}), *whose)
 
     def measure() -> float:
         models = experiment.models(method)

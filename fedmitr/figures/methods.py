@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from ..experiments.statistics import REFERENCE
+from ..experiments.differences import REFERENCE
 from ..methods import Method, described, in_order
 from .clients import draw_counts
 from .style import BLACK, SKY, VERMILLION, new_figure, styled, write_cells

@@ -41,7 +41,7 @@ def generator_search(block: str) -> Search:
     """List what tuning may try for a generator and its student, in a method's block of settings."""
     return {
         **student_search(block),
-        f"{block}.lr": Range(5e-4, 2e-2, log=True),
+        f"{block}.lr": Range(5e-4, 1e-1, log=True),
         f"{block}.rounds": (1, 2, 4, 8),
         f"{block}.generator_steps": (15, 30, 60, 120),
     }

@@ -51,10 +51,11 @@ class Work:
     images: synthetic images in all. inversion: the settings that they are inverted with, None where none
     are; student_inverted: the student's forward and backward pass is part of every iteration.
     generator_steps: optimiser steps of a generator in all, each on generator_batch images that pass through
-    every client and the student. student_steps: optimiser steps of distillation, 0 where nothing is
-    distilled. calibrate: the penalty of class offsets, 0 where none are fitted. with_statistics: the shared
-    model labels every view beside the clients. group: clients that are distilled together first, None for all
-    at once.
+    every client and the student; one_client: through one client and the student. student_steps: optimiser
+    steps of distillation, 0 where nothing is distilled. calibrate: the penalty of class offsets, 0 where none
+    are fitted. perturbed: every view is moved along a gradient through the clients. reweighing: images on
+    which weights of clients are fitted. with_statistics: the shared model labels every view beside the
+    clients. group: clients that are distilled together first, None for all at once.
     """
 
     images: int = 0
@@ -62,8 +63,11 @@ class Work:
     student_inverted: bool = False
     generator_steps: int = 0
     generator_batch: int = 0
+    one_client: bool = False
     student_steps: int = 0
     calibrate: float = 0.0
+    perturbed: bool = False
+    reweighing: int = 0
     with_statistics: bool = False
     group: int | None = None
 
@@ -147,14 +151,15 @@ class Method:
     def admitted(self, uploads: Sequence[Upload], settings: Settings) -> list[Upload]:
         """Return the uploads without statistics where the method needs none; BadInput for one without a part.
 
-        Class histograms are missed by what reads them.
+        Statistics are checked, too: wrong ones would show in the head alone. Class histograms are missed by
+        what reads them.
         """
         if self.needs_weights:
             check_weights(uploads)
         if not self.needs_statistics_under(settings):
             return [u if u.statistics is None else u.without_statistics() for u in uploads]
         check_statistics(uploads)
-        return list(uploads)
+        return [upload.checked() for upload in uploads]
 
     def adapted(self, settings: Settings) -> Settings:
         """Return the settings that it works under."""

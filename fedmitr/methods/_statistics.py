@@ -14,7 +14,7 @@ from ..server.statistics import Head, ridge, total_statistics
 from ..settings import Settings
 from ..settings.schema import FeatureTokens
 from ..upload import ModelShape, Statistics, Upload, wire_bytes
-from ..vision.features import FeatureClassifier, feature_width
+from ..vision.features import FeatureClassifier, feature_width, largest_feature
 from ..vision.vit import weights_digest
 from ._method import Outcome
 from ._student import initial_model
@@ -46,13 +46,32 @@ def feature_classifier(
 ) -> FeatureClassifier:
     """Build the shared model with the head that `solve` finds; BadInput for sums of another model."""
     statistics, features = total_statistics(uploads), uploads[0].features
-    if features.weights != (own := weights_digest(settings.model)):
+    vit, own = initial_model(uploads, settings), weights_digest(settings.model)
+    shape = ModelShape.of(settings.model.name, vit)
+    if (features.shape, features.weights) != (shape, own):
         raise BadInput(
             f"upload of client {uploads[0].client}: its statistics are of {features}, "
-            f"the shared model is {settings.model.name!r} with weights {own[:12]!r}"
+            f"the shared model is {shape.name!r} with weights {own[:12]!r}"
         )
-    vit = initial_model(uploads, settings)
+    for upload in uploads:
+        check_length(f"upload of client {upload.client}", upload.statistics, [vit], features.tokens)
     return FeatureClassifier([vit], features.tokens, *solve(statistics)).to(device())
+
+
+def check_length(
+    who: str, statistics: Statistics, vits: Sequence[VisionTransformer], tokens: FeatureTokens
+) -> None:
+    """Raise BadInput, naming the sender, for sums of longer features than these ViTs can have, side by side.
+
+    Else a few made-up images could outweigh all others.
+    """
+    longest = sum(largest_feature(vit, tokens) for vit in vits)  # |f|²
+    found = statistics.gram.diagonal().sum() / statistics.size
+    if found > longest * (1 + 1e-6):
+        raise BadInput(
+            f"{who}: statistics: gram is of features with a mean |f|² of {found:.4g}, "
+            f"the model's are at most {longest:.4g}"
+        )
 
 
 def ridge_head(settings: Settings) -> Callable[[Statistics], Head]:
@@ -79,6 +98,7 @@ def solve_again(clients: Sequence[Client], models: Sequence[Model], settings: Se
         sums = client.statistics(models, own.tokens)
         who = f"second message of client {client.upload.client}"
         sums.check_sums(who, classes, width, client.upload.size)
+        check_length(who, sums, vits, own.tokens)
         total = sums if total is None else total + sums
         up += client.upload.bytes + wire_bytes(sums.to_arrays())
         down += wire_bytes(client.shared) + sum(wire_bytes(weights) for _, weights in models)

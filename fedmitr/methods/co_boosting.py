@@ -4,7 +4,7 @@ Each round, with ensemble A_w(x) = softmax(Σ_k w_k z_k(x) / Σ_k w_k):
 
     1. generator and noise    min (1 − p_y)^h·CE(A_w(x), y) − λ·T²·KL(A_w(x)^(1/T) ‖ student(x)^(1/T))
     2. ensemble weights       w ← clip(w − μ·decay^round·sign ∂CE(A_w(x), y)/∂w, 0, 1), batch by batch of the
-                              images so far, as the generator made them
+                              views of all images so far, without what 3. adds to them
     3. distillation of A_w, at temperature 4, on all images so far, each moved by
                               ε·sign ∂(u·softmax(z_A(x)/4))/∂x, u ~ U(−1, 1)
 
@@ -20,6 +20,7 @@ pixels, half of that.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -41,7 +42,7 @@ from ._generator import (
     generator_work,
     learned_batch,
 )
-from ._method import Method, Outcome
+from ._method import Method, Outcome, Work
 from ._student import Generation, Images, Student
 from .dense import DenseSettings
 
@@ -157,6 +158,13 @@ def shares(weights: Tensor) -> Tensor:
     return weights / weights.sum(dim=0).clamp_min(1e-6)
 
 
+def _work(settings: Settings) -> Work:
+    """Count also the gradient that moves each view, and a view of all images so far in every round."""
+    own, work = settings.co_boosting, generator_work(settings, settings.co_boosting)
+    shown = work.images * (min(own.rounds, work.images) + 1) // 2 if own.weight_step else 0
+    return replace(work, perturbed=own.perturbation > 0, reweighing=shown)
+
+
 METHOD = Method(
     name="co_boosting",
     run=co_boosting,
@@ -171,5 +179,5 @@ METHOD = Method(
         "co_boosting.perturbation": (0.0, 4 / 255, 8 / 255, 16 / 255),
         "co_boosting.weight_step": (0.0, 0.002, 0.01, 0.05),
     },
-    work=lambda settings: generator_work(settings, settings.co_boosting),
+    work=_work,
 )

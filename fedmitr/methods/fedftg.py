@@ -25,6 +25,7 @@ the student's start, views and optimiser are those of the `distill` block (at a 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -45,7 +46,7 @@ from ._generator import (
     generator_work,
     noise,
 )
-from ._method import Method, Outcome
+from ._method import Method, Outcome, Work
 from ._student import Generation, Images, Student
 
 
@@ -139,6 +140,13 @@ def likeness(z: Tensor, images: Tensor) -> Tensor:
     return (-noise_distances * image_distances).mean().exp()
 
 
+def _work(settings: Settings) -> Work:
+    """Count a step of the generator for each client of each pass."""
+    work = generator_work(settings, settings.fedftg)
+    steps = work.generator_steps * settings.partition.clients
+    return replace(work, generator_steps=steps, one_client=True)
+
+
 METHOD = Method(
     name="fedftg",
     run=fedftg,
@@ -148,10 +156,10 @@ METHOD = Method(
     search={
         **{name: values for name, values in generator_search("fedftg").items() if name != "ensemble.mode"},
         "fedftg.rounds": (1, 4, 20, 80),
-        "fedftg.generator_steps": (1, 2, 5, 20),
-        "fedftg.classification": (0.3, 1.0, 3.0),
+        "fedftg.generator_steps": (1, 3, 10, 20),
+        "fedftg.classification": (0.3, 1.0, 3.0, 10.0, 30.0),
         "fedftg.diversity": (0.0, 1.0, 3.0),
     },
-    work=lambda settings: generator_work(settings, settings.fedftg),
+    work=_work,
     needs_counts=True,
 )

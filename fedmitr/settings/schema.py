@@ -211,7 +211,9 @@ class InversionSettings(SettingsBlock):
         "keep", "pixels of a stopped patch: kept, zero, noise, or the image's mean", "choice"
     )
     keep_best: bool = setting(
-        True, "return the iterate of least loss after the last stop, image by image", "SMI"
+        True,
+        "return the iterate of least loss after the last stop, image by image",
+        "SMI's intent; its code returns the last one",
     )
     mask: Literal["survivors", "attention"] = setting(
         "survivors",

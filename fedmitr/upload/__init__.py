@@ -12,6 +12,7 @@ from .message import (
     check_same_shape,
     check_statistics,
     check_weights,
+    declared_width,
 )
 from .statistics import Statistics, add_up, expected_arrays
 
@@ -34,6 +35,7 @@ __all__ = [
     "check_statistics",
     "check_weights",
     "compare_arrays",
+    "declared_width",
     "expected_arrays",
     "wire_bytes",
 ]

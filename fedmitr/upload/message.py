@@ -128,10 +128,11 @@ class Upload:
         check_card(who, card, expected, features)
         weights = statistics = None
         if card.weights:
-            weights = _read_arrays(who, folder / WEIGHTS, _arrays_of(who, card.shape))
+            weights = _read_arrays(who, folder / WEIGHTS, _arrays_of(who, card.shape), "weight")
         if card.features:
-            wanted = expected_arrays(card.shape.num_classes, _width_of(who, card.features))
-            statistics = Statistics.from_arrays(_read_arrays(who, folder / STATISTICS, wanted))
+            wanted = expected_arrays(card.shape.num_classes, declared_width(who, card.features))
+            sums = _read_arrays(who, folder / STATISTICS, wanted, "statistics:")
+            statistics = Statistics.from_arrays(sums)
         upload = cls(
             card.client, card.size, card.shape, weights, card.class_counts, statistics, card.features
         )
@@ -143,7 +144,9 @@ class Upload:
     def checked(self) -> "Upload":
         """Return the upload itself; BadInput unless a client with such a model can send its parts."""
         who = f"upload of client {self.client}"
-        if not self.parts:
+        if self.size < 1:
+            raise BadInput(f"{who}: size={self.size}: allowed are 1 image and more")
+        if self.weights is None and self.statistics is None:
             raise BadInput(f"{who}: it holds neither weights nor statistics")
         if self.weights is not None:
             check_arrays(who, self.weights, _arrays_of(who, self.shape))
@@ -155,7 +158,7 @@ class Upload:
             raise BadInput(f"{who}: statistics come with the features that they are sums of, or not at all")
         if self.statistics is not None:
             check_card(who, self.card)
-            self.statistics.checked(who, classes, _width_of(who, self.features), self.size)
+            self.statistics.checked(who, classes, declared_width(who, self.features), self.size)
             if counts is not None and self.statistics.counts.tolist() != list(counts):
                 raise BadInput(f"{who}: statistics: counts differ from class_counts={list(counts)[:20]}")
         return self
@@ -188,10 +191,10 @@ def _read_file(path: Path, most: int = -1) -> bytes:
         return file.read(most)
 
 
-def _read_arrays(who: str, path: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _read_arrays(who: str, path: Path, wanted: Mapping[str, Tensor], noun: str) -> dict[str, Tensor]:
     """Read the arrays of one file, once its header fits; BadInput names the client and what is wrong."""
     try:
-        compare_arrays(who, _read_header(who, path), wanted)
+        compare_arrays(who, _read_header(who, path, noun), wanted, noun)
         return load(_read_file(path))
     except BadInput:
         raise
@@ -199,7 +202,7 @@ def _read_arrays(who: str, path: Path, wanted: Mapping[str, Tensor]) -> dict[str
         raise BadInput(f"{who}: {path.name} is corrupt or truncated: {_first_line(error)}") from None
 
 
-def _read_header(who: str, path: Path) -> dict[str, Tensor]:
+def _read_header(who: str, path: Path, noun: str) -> dict[str, Tensor]:
     """Read name, type and shape of each array in a safetensors file, as meta tensors; no array is read."""
     arrays = {}
     _read_file(path, 0)  # OSError for what is no plain file
@@ -208,7 +211,7 @@ def _read_header(who: str, path: Path) -> dict[str, Tensor]:
             array = file.get_slice(name)
             if (dtype := DTYPES.get(array.get_dtype())) is None:
                 raise BadInput(
-                    f"{who}: weight {name[:100]!r} is {array.get_dtype()}, allowed are {', '.join(DTYPES)}"
+                    f"{who}: {noun} {name[:100]!r} is {array.get_dtype()}, allowed are {', '.join(DTYPES)}"
                 )
             arrays[name] = torch.empty(array.get_shape(), dtype=dtype, device="meta")
     return arrays
@@ -224,7 +227,7 @@ def _arrays_of(who: str, shape: ModelShape) -> dict[str, Tensor]:
         raise BadInput(f"{who}: its model {shape} cannot be built: {_first_line(error)}") from None
 
 
-def _width_of(who: str, features: Features) -> int:
+def declared_width(who: str, features: Features) -> int:
     """Return the width of declared features; BadInput, naming the client, if their model cannot be built."""
     _arrays_of(who, features.shape)
     return features.width

@@ -35,8 +35,9 @@ class Statistics:
         """Sum features (n, D) with labels (n,) in [0, num_classes)."""
         features = features.double()
         one_hot = torch.nn.functional.one_hot(labels, num_classes).double()  # (n, C)
-        gram = (features.T @ features).triu()  # the product's lower half may differ in the last bit
-        return cls(one_hot.sum(0).long(), one_hot.T @ features, gram + gram.triu(1).T)
+        gram = (features.T @ features).triu_()  # the product's lower half may differ in the last bit
+        gram += gram.triu(1).T
+        return cls(one_hot.sum(0).long(), one_hot.T @ features, gram)
 
     def __add__(self, other: "Statistics") -> "Statistics":
         """Add the sums of other images."""

@@ -1,5 +1,6 @@
 """Features of whole images from a frozen ViT, and a classifier that is linear on them."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -29,6 +30,18 @@ def image_features(
         return cls
     mean = out[:, vit.num_prefix_tokens :].mean(dim=1)  # (B, d)
     return mean if tokens == "patches" else torch.cat([cls, mean], dim=1)
+
+
+def largest_feature(vit: VisionTransformer, tokens: FeatureTokens) -> float:
+    """Return a bound on |f|² of any image; infinite for a ViT whose tokens no LayerNorm bounds.
+
+    LayerNorm's output γ ⊙ u + β has |u|² ≤ d, so |f| ≤ max|γ|·√d + |β|, and so has a mean of such tokens.
+    """
+    if not isinstance(norm := vit.norm, nn.LayerNorm) or not norm.elementwise_affine:
+        return math.inf
+    offset = 0.0 if norm.bias is None else float(norm.bias.detach().norm())
+    longest = float(norm.weight.detach().abs().max()) * math.sqrt(vit.embed_dim) + offset
+    return longest**2 * (2 if tokens == "both" else 1)
 
 
 class FeatureClassifier(nn.Module):

@@ -39,6 +39,9 @@ def test_inversion_is_a_sum_over_iterations(vit, teacher):
         flops += one_pass(vit, left, "image").flops
     assert found.flops == 7 * flops * (1 if teacher == "owners" else 5)
     assert "13 at last" in found.what  # 36 -> 25 -> 13 (rounded halves up)
+    masked = stages("fedmitr", how | {"inversion.mask": "attention"})["inversion"]
+    one_more = one_pass(vit, 36, "").flops * (1 if teacher == "owners" else 5)
+    assert masked.flops - found.flops == pytest.approx(7 * one_more)
 
 
 def test_more_stopped_patches_cost_less_and_all_stages_more_images_more():
@@ -58,6 +61,8 @@ def test_distillation_is_labels_for_every_view_and_a_step_for_every_batch(vit):
     fresh = stages("fedmitr", {"distill.views": 0})["labels"]
     assert fresh.flops == 400 * 64 * 5 * costs.forward.flops
     assert fresh.memory < found["labels"].memory
+    head = stages("fedmitr", {"distill.train": "head"})["student"]  # nothing goes back below the classifier
+    assert head.flops == 400 * 64 * costs.forward.flops
     offsets = stages("fedmitr", {"distill.calibrate": 0.1})["labels"]  # four more views of each
     assert offsets.flops == images * (views + 4) * 5 * costs.forward.flops
 
@@ -123,6 +128,37 @@ def test_a_plan_loads_no_weights_and_reads_no_images(monkeypatch):
     assert Settings.load("paper").model.pretrained and plan("fedmitr", Settings.load("paper"))
     assert plan("fedmitr", Settings.load("laptop"))  # whose weights are shipped
     assert created and not any(options.get("pretrained") for options in created)
+
+
+def test_fedftg_steps_for_one_client_at_a_time_and_co_boosting_moves_and_reweighs(vit):
+    costs, settings = ModelCosts.of(vit), Settings.load("laptop")
+    own = settings.fedftg
+    passes = own.rounds * own.generator_steps * 5  # each a pass of one client and one of the student
+    assert stages("fedftg")["generation"].flops == passes * own.batch_size * 2 * costs.grad_image.flops
+    still = {"co_boosting.perturbation": 0.0, "co_boosting.weight_step": 0.0}
+    mine, dense = stages("co_boosting")["labels"], stages("dense")["labels"]
+    assert stages("co_boosting", still)["labels"].flops == dense.flops
+    images, views = settings.inversion.images, settings.distill.views
+    shown = images * (1 + 2 + 3 + 4) // 4  # four rounds
+    more = images * views * 5 * costs.grad_image.flops + shown * 5 * costs.forward.flops
+    assert mine.flops - dense.flops == pytest.approx(more)
+
+
+def test_offsets_of_a_generators_student_cost_no_forward_pass():
+    assert stages("dense", {"dense.calibrate": 0.1})["labels"].flops == stages("dense")["labels"].flops
+
+
+def test_statistics_take_the_shared_model_to_clients_of_another_one():
+    mixed = {"client.models": ["vit_micro_deep", "vit_micro"], "distill.start": "initial"}
+    settings = Settings.load("laptop", mixed)
+    names = [settings.model_of(k).name for k in range(5)]
+    own = [model_costs(name, 10, None).model_bytes for name in names]
+    shared = model_costs("vit_micro", 10, None).model_bytes
+    sums = stages("ridge")["clients"].bytes - 5 * shared
+    assert stages("ridge", mixed)["clients"].bytes == 5 * shared + sums
+    again = shared * names.count("vit_micro_deep")
+    assert stages("fedmitr_plus", mixed)["clients"].bytes == 2 * sum(own) + again + sums
+    assert stages("fedmitr", mixed)["clients"].bytes == 2 * sum(own)
 
 
 @pytest.mark.parametrize("method", GENERATORS)

@@ -5,7 +5,7 @@ import pytest
 from helpers import comparison_table, registrations_taken_back
 
 from fedmitr.experiments.compare import seconds_file, write_table
-from fedmitr.experiments.statistics import GAP, account_table, summarise
+from fedmitr.experiments.differences import GAP, account_table, summarise
 from fedmitr.methods import METHODS, Method, in_order, register
 
 

@@ -7,7 +7,7 @@ from scipy import stats
 
 from fedmitr.core.paths import home
 from fedmitr.experiments.claims import FAILS, HOLDS, OPEN, UNTESTED, best_other, claims, judge
-from fedmitr.experiments.statistics import paired
+from fedmitr.experiments.differences import paired
 
 CELLS = ("relabel", "pseudo-label tokens", "none")
 

@@ -18,7 +18,7 @@ from fedmitr.server import ensemble as room
 from fedmitr.server.ensemble import Owners
 from fedmitr.settings import Settings, parse_assignment
 from fedmitr.settings.schema import EnsembleSettings, InversionSettings, ModelSettings, RelabelSettings
-from fedmitr.upload import ModelShape
+from fedmitr.upload import ModelShape, wire_bytes
 from fedmitr.vision.tokens import forward_tokens, images_at_once
 from fedmitr.vision.vit import client_vit, normalisation, renormalise
 
@@ -205,6 +205,11 @@ def test_statistics_are_the_shared_models_whatever_a_clients_own_is(tmp_path):
     assert [u.shape.name for u in whole] == pair["client.models"]
     assert [u.features for u in whole] == [mixed.features] * 2
     assert mixed.result("ridge").accuracy == equal.result("ridge").accuracy
+    assert mixed.result("ridge").download_bytes == equal.result("ridge").download_bytes
+    own = [wire_bytes(mixed.shared(mixed.settings.model_of(k)).state_dict()) for k in range(2)]
+    shared = wire_bytes(mixed.initial.state_dict())
+    assert mixed.result("fedmitr_plus").download_bytes == sum(own) + 2 * shared
+    assert mixed.result("fedmitr").download_bytes == sum(own)
 
 
 def test_a_client_with_the_global_architecture_is_the_same_client(tmp_path):

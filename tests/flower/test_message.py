@@ -187,6 +187,7 @@ BAD_SUMS = {
     "other weights": (card(features__weights="0" * 64), "allowed are those of"),
     "a huge model": (card(features__shape__num_classes=10**12), "features.shape.num_classes"),
     "features without tokens": (card(features__tokens=None), "features.tokens"),
+    "a field of fields of fields": (lambda c: c["card"].__setitem__("a" + ".b" * 900, 1), "nested deeper"),
     "features of more": (card(features__images=3), "features.images"),
 }
 

@@ -200,10 +200,9 @@ def test_the_work_of_a_generator_is_the_batches_that_train_it(method, images, cl
         monkeypatch.setattr(module, "excite", lambda e, x: batches.append(len(x)) or excite(e, x))
     if method == "fedftg":  # it takes one client after the other
         module, ask = module_of(method), module_of(method).client_logits
-        first = {0: batches, 1: []}  # the second client's are as many
-        monkeypatch.setattr(module, "client_logits", lambda e, k, x: first[k].append(len(x)) or ask(e, k, x))
+        monkeypatch.setattr(module, "client_logits", lambda e, k, x: batches.append(len(x)) or ask(e, k, x))
     monkeypatch.setattr(Ensemble, "logits", count)
-    settings = small(own("co_boosting", perturbation=0), images=images)
+    settings = small(own("co_boosting", perturbation=0) | {"partition.clients": 2}, images=images)
     METHODS[method](clients[:2], settings, Store(tmp_path))
     work = METHODS[method].work_under(settings)
     assert batches == [work.generator_batch] * work.generator_steps
@@ -228,3 +227,15 @@ def test_by_default_the_work_is_everybodys_budget_where_a_student_is_distilled()
     found = {family: record.work_under(small(images=7, steps=2)) for family, record in bare.items()}
     assert found.pop("synthetic images") == Work(images=7, student_steps=2)
     assert set(found.values()) == {Work()}
+
+
+@pytest.mark.parametrize("method", SHIPPED)
+def test_tuning_may_try_each_default(method):
+    record, settings = METHODS[method], Settings.load("laptop")
+    settings = record.adapted(settings)
+    for name, values in record.search.items():
+        value = settings.model_dump()
+        for part in name.split("."):
+            value = value[part]
+        held = values.low <= value <= values.high if isinstance(values, Range) else value in list(values)
+        assert held, f"{name}={value!r} is not in {values}"

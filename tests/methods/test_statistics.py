@@ -21,6 +21,7 @@ from fedmitr.data.tasks import Split
 from fedmitr.methods import METHODS
 from fedmitr.settings.schema import ModelSettings
 from fedmitr.upload import Features, ModelShape, Upload
+from fedmitr.vision.features import image_features, largest_feature
 from fedmitr.vision.vit import create_vit, weights_digest
 
 IMAGES = 60
@@ -170,6 +171,76 @@ def test_statistics_of_another_checkpoint_are_one_line(method, vit, everything, 
     with pytest.raises(fm.BadInput) as error:
         METHODS[method]([upload_of(0, vit, everything, model=other)], options(), Store(tmp_path))
     one_line(error.value, "client 0", "'vit_micro, p", weights_digest(MODEL)[:12], "shared model")
+
+
+def spoilt(upload, **changes):
+    """The upload with some of its sums, or its size, replaced."""
+    size = changes.pop("size", upload.size)
+    return dataclasses.replace(
+        upload, size=size, statistics=dataclasses.replace(upload.statistics, **changes)
+    )
+
+
+def wrong(upload):
+    """Uploads with sums that no images have, and a word of what is said of each."""
+    sums = upload.statistics
+    negative = sums.counts.clone()
+    negative[0] -= 2 * negative[0] + 1
+    nan = sums.sums.clone()
+    nan[0, 0] = float("nan")
+    return {
+        "negative": spoilt(upload, counts=negative),
+        "size": spoilt(upload, counts=sums.counts + 1),
+        "sums holds NaN": spoilt(upload, sums=nan),
+        "gram holds NaN": spoilt(upload, gram=sums.gram * float("nan")),
+        "not symmetric": spoilt(upload, gram=sums.gram.triu()),
+        "no images have these sums": spoilt(upload, gram=-sums.gram),
+        "gram is torch.float64 [9, 9]": spoilt(upload, gram=sums.gram[:9, :9]),
+        "size=0": spoilt(upload, size=0, counts=torch.zeros_like(sums.counts)),
+        "mean |f|²": spoilt(upload, sums=sums.sums * 1e3, gram=sums.gram * 1e6),
+    }
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("method", [*CLOSED, "fishermix"])
+def test_sums_that_no_images_have_are_one_line_before_anything_is_solved(
+    method, alone, vit, everything, tmp_path, one_line
+):
+    good = upload_of(0, vit, everything)
+    if not alone and method == "central_ridge":
+        return  # it is given one client
+    for word, bad in wrong(upload_of(3, vit, everything)).items():
+        with pytest.raises(fm.BadInput) as error:
+            METHODS[method]([bad] if alone else [good, bad], options(), Store(tmp_path))
+        one_line(error.value, "upload of client 3", word)
+
+
+def test_statistics_of_another_architecture_under_the_shared_digest_are_one_line(
+    vit, everything, tmp_path, one_line
+):
+    deep = create_vit("vit_micro_deep", 10, image_size=12).eval()
+    upload = upload_of(0, vit, everything)
+    features = upload.features.model_copy(update={"shape": ModelShape.of("vit_micro_deep", deep)})
+    sums = feature_statistics([deep], everything, features.tokens)
+    with pytest.raises(fm.BadInput) as error:
+        METHODS["ridge"]([upload.with_statistics(sums, features)], options(), Store(tmp_path))
+    one_line(error.value, "client 0", "'vit_micro_deep'", "shared model is 'vit_micro'")
+
+
+@settings(deadline=None, max_examples=20)
+@given(scale=st.floats(1e-3, 1e3), shift=st.floats(-3, 3), seed=st.integers(0, 99))
+@pytest.mark.parametrize("tokens", ["cls", "patches", "both"])
+def test_no_image_has_longer_features_than_the_bound(tokens, vit, scale, shift, seed):
+    images = scale * torch.randn(8, 1, 12, 12, generator=torch.Generator().manual_seed(seed)) + shift
+    found = image_features(vit, images, tokens).square().sum(1)
+    assert found.max() <= largest_feature(vit, tokens) * 1.001
+    assert largest_feature(vit, tokens) < 100 * found.max()  # it is worth something
+
+
+def test_a_shard_without_images_is_one_line(vit, everything, one_line):
+    with pytest.raises(fm.BadInput) as error:
+        feature_statistics([vit], everything.subset(torch.arange(0)), "cls")
+    one_line(error.value, "0 images")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Statistics of the runs of a comparison: means over seeds, paired differences with intervals, accounts."""
+"""Accuracy over seeds: means, paired differences with intervals, and tables of them with costs."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""statistics.py: means over seeds, the paired interval against scipy, tables over skews, accounts."""
+"""differences.py: means over seeds, the paired interval against scipy, tables over skews, accounts."""
 
 import numpy as np
 import pandas as pd
@@ -6,7 +6,7 @@ import pytest
 from helpers import registrations_taken_back
 from scipy import stats
 
-from fedmitr.experiments.statistics import (
+from fedmitr.experiments.differences import (
     GAP,
     HALF,
     across_skews,

@@ -119,3 +119,20 @@ def test_the_example_of_a_method_of_your_own_runs(tmp_path, monkeypatch):
     for name, value in vit.state_dict().items():
         every = np.stack([u.weights[name].numpy() for u in uploads])
         assert np.array_equal(value.cpu().numpy(), np.median(every, axis=0))  # five clients: no tie
+
+
+def test_numbers_in_the_prose_are_those_of_the_stored_tables():
+    """The first screen's numbers, and what class weights alone are worth."""
+    text = " ".join(README.read_text().split())
+    runs, cells = (pd.read_csv(home() / "results" / f"{name}.csv") for name in ("transfer", "fidelity"))
+    at = runs[runs["steps"] == 400].groupby("method")["accuracy"].mean()
+    three = f"{at['central']:.2f}, ridge {at['ridge']:.2f} and FedMITR+ {at['fedmitr_plus']:.2f}"
+    assert f"central training has {three}" in text
+    assert f"is above ridge there ({at['ensemble_statistics']:.2f})" in text
+    means = cells[cells["panel"] == "labels"].groupby("cell")["accuracy"].mean()
+    assert f"from {means['ours']:.2f} to {means['class weights']:.2f} on three seeds" in text
+    assert cells["seed"].nunique() == 3
+    table = pd.read_csv(tool().RESULTS).groupby("method")["accuracy"].mean()
+    made = table[[name for name in table.index if METHODS[name].distils]]
+    assert made.idxmin() == "fedmitr" and table["fedmitr"] < table["fedavg"]  # said of the paper's claim
+    assert table["ridge"] > made.max()

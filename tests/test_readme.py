@@ -12,6 +12,7 @@ from helpers import registrations_taken_back
 import fedmitr as fm
 from fedmitr.core.paths import home
 from fedmitr.experiments.compare import seconds_file
+from fedmitr.experiments.sweep import summarise_cells
 from fedmitr.methods import METHODS
 
 README = home() / "README.md"
@@ -136,3 +137,21 @@ def test_numbers_in_the_prose_are_those_of_the_stored_tables():
     made = table[[name for name in table.index if METHODS[name].distils]]
     assert made.idxmin() == "fedmitr" and table["fedmitr"] < table["fedavg"]  # said of the paper's claim
     assert table["ridge"] > made.max()
+    assert set(made.index[made < table["fedavg"]]) == {"fedmitr", "fadi"}  # notebook 05, section 5.10
+
+
+def test_what_notebook_06_says_of_its_tables_holds_in_them():
+    stored = home() / "results"
+    parts, fidelity, runs = (pd.read_csv(stored / f"{n}.csv") for n in ("ablations", "fidelity", "transfer"))
+    cells = summarise_cells(parts)
+    additions = cells.loc["additions, one left out"]
+    gaps = additions["minus first"].iloc[1:]
+    assert (gaps.abs() <= additions["± 95 %"].iloc[1:]).all() and (gaps > 0).any()
+    components = cells.loc["components"]["mean"]
+    assert components.idxmax() == "dense · none, as many iterations"
+    ahead = summarise_cells(fidelity)
+    ahead = ahead[ahead["minus first"] > ahead["± 95 %"]].index
+    assert {("inversion", "all of these"), ("labels", "class weights")} <= set(ahead)
+    means = runs.pivot_table(index="method", columns="steps", values="accuracy")
+    assert (means.loc[["fedmitr", "fedmitr_plus"]] < means.loc["ridge"]).all(axis=None)
+    assert (means.loc["ensemble_statistics"] > means.loc["ridge"]).all()

@@ -46,9 +46,6 @@ class Experiment(Clients):
         record = find(method)
         if record.given == "stages":
             return self._exchange(record)
-        if record.given == "clients":
-            for client in self.clients:
-                client.seconds = 0.0  # of this run alone
         given = self.clients if record.given == "clients" else self.uploads_for(record)
         more = [self.task.train.images] if record.given == "images" else []
         return record(given, self.settings, self.store, *more)

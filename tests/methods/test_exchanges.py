@@ -172,6 +172,7 @@ HOSTILE = {
     "another width": (lambda s: Statistics(s.counts, s.sums[:, :9], s.gram[:9, :9]), "[10, 9]"),
     "fewer classes": (lambda s: Statistics(s.counts[1:], s.sums[1:], s.gram), "counts is torch.int64 [9]"),
     "single precision": (lambda s: nudged(s, sums=lambda t: t.float()), "float32"),
+    "longer features": (lambda s: nudged(s, sums=lambda t: 99 * t, gram=lambda g: 99**2 * g), "mean |f|²"),
     "a gram that is not symmetric": (lambda s: nudged(s, gram=torch.triu), "not symmetric"),
     "a gram that no images have": (lambda s: nudged(s, gram=lambda g: -g), "no images have these sums"),
 }

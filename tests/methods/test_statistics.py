@@ -201,14 +201,14 @@ def wrong(upload):
     }
 
 
-@pytest.mark.parametrize("alone", [True, False])
-@pytest.mark.parametrize("method", [*CLOSED, "fishermix"])
+@pytest.mark.parametrize(
+    "method, alone",
+    [(m, True) for m in (*CLOSED, "fishermix")] + [(m, False) for m in ("ncm", "ridge", "lda", "fishermix")],
+)
 def test_sums_that_no_images_have_are_one_line_before_anything_is_solved(
     method, alone, vit, everything, tmp_path, one_line
 ):
     good = upload_of(0, vit, everything)
-    if not alone and method == "central_ridge":
-        return  # it is given one client
     for word, bad in wrong(upload_of(3, vit, everything)).items():
         with pytest.raises(fm.BadInput) as error:
             METHODS[method]([bad] if alone else [good, bad], options(), Store(tmp_path))

@@ -119,10 +119,9 @@ class Order(NamedTuple):
         """What statistics must be sums of; None where the method needs none. Reads the shared weights."""
         if not find(self.method).needs_statistics_under(self.settings):
             return None
-        settings = self.settings
-        return Features(
-            shape=self.shape, weights=weights_digest(settings.model), tokens=settings.statistics.tokens
-        )
+        own = find(self.method).adapted(self.settings).statistics
+        weights = weights_digest(self.settings.model)
+        return Features(shape=self.shape, weights=weights, tokens=own.tokens, views=own.views)
 
     def pack(self) -> RecordDict:
         """Write the order as Flower's records."""
@@ -189,7 +188,8 @@ def local_upload(order: Order, node: Mapping[str, Any]) -> Upload:
     else:
         upload = Upload(client, len(shard), order.shape, None)
     if features := order.features:
-        upload = upload.with_statistics(feature_statistics([shared], shard, features.tokens), features)
+        sums = feature_statistics([shared], shard, features.tokens, features.views)
+        upload = upload.with_statistics(sums, features)
     return upload.checked()
 
 

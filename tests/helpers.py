@@ -53,14 +53,16 @@ def random_features(counts: Sequence[int], width: int, seed: int) -> tuple[torch
     return means[labels] + noise, labels
 
 
-def with_statistics(upload: fm.Upload, tokens: str = "cls", model: ModelSettings | None = None) -> fm.Upload:
+def with_statistics(
+    upload: fm.Upload, tokens: str = "cls", model: ModelSettings | None = None, views: int = 0
+) -> fm.Upload:
     """The same upload beside sums of random features of as many images of each class.
 
     model: the shared model whose features they are said to be, by default that of `Settings()`.
     """
     model = model or ModelSettings()
     shape = upload.shape.model_copy(update={"name": model.name})
-    features = Features(shape=shape, weights=weights_digest(model), tokens=tokens)
+    features = Features(shape=shape, weights=weights_digest(model), tokens=tokens, views=views)
     drawn, labels = random_features(upload.class_counts, features.width, seed=upload.client)
     drawn = drawn / 4  # not longer than a LayerNorm's output
     return upload.with_statistics(Statistics.of(drawn, labels, len(upload.class_counts)), features)

@@ -83,7 +83,8 @@ def given(
     """
     record, settings, sent = METHODS[method], settings or small(), uploads
     if record.needs_statistics_under(settings):
-        sent = [with_statistics(u, settings.statistics.tokens, settings.model) for u in sent]
+        own = record.adapted(settings).statistics
+        sent = [with_statistics(u, own.tokens, settings.model, own.views) for u in sent]
     if not counted:
         sent = [u.without_counts() for u in sent]
     if not record.needs_weights:

@@ -10,19 +10,27 @@ from torch import Tensor
 from ..core.errors import BadInput
 from ..core.machine import device
 from ..core.progress import timed
+from ..core.rng import make_rng
 from ..data.tasks import Split
 from ..settings.schema import FeatureTokens
 from ..upload import ModelShape, Statistics, Upload, add_up, check_arrays
+from ..vision.augment import random_maps, warp
 from ..vision.features import image_features
 from ..vision.tokens import images_at_once
 
+VIEW_STRENGTH = 0.5  # of the moves of an image's copies: what `client.augment` has by default
+
 
 @torch.no_grad()
-def feature_statistics(vits: Sequence[VisionTransformer], shard: Split, tokens: FeatureTokens) -> Statistics:
+def feature_statistics(
+    vits: Sequence[VisionTransformer], shard: Split, tokens: FeatureTokens, views: int = 0
+) -> Statistics:
     """Sum the features of a shard's images under frozen ViTs, side by side where there are several.
 
     Nothing is trained. Models and sums are float64, so that sums of clients agree with those of all images
-    to 1e-9 however images are batched. Raises BadInput for a shard without images.
+    to 1e-9 however images are batched. With `views` an image counts as the mean over itself and so many moved
+    copies (`view_maps`): of f in the sums, of f fᵀ in the Gram matrix. Raises BadInput for a shard without
+    images.
     """
     if not len(shard):
         raise BadInput("statistics of 0 images: a client needs at least 1 image")
@@ -30,10 +38,30 @@ def feature_statistics(vits: Sequence[VisionTransformer], shard: Split, tokens: 
 
     def of(rows: Tensor) -> Statistics:
         images = shard.images[rows].to(device()).double()  # (B, ch, H, W)
+        shown = [images, *(warp(images, m.expand(len(images), -1, -1)) for m in view_maps(views))]
+        return mean_over_views([summed(view, shard.labels[rows]) for view in shown])
+
+    def summed(images: Tensor, labels: Tensor) -> Statistics:
         features = torch.cat([image_features(vit, images, tokens) for vit in frozen], dim=1)  # (B, D)
-        return Statistics.of(features.cpu(), shard.labels[rows], vits[0].num_classes)
+        return Statistics.of(features.cpu(), labels, vits[0].num_classes)
 
     return add_up(map(of, torch.arange(len(shard)).split(min(map(images_at_once, vits)))))
+
+
+def view_maps(views: int) -> Tensor:
+    """Return the affine maps (views, 2, 3) of the moved copies: one list for all images of all clients.
+
+    So sums over clients are still those of all images in one place. Clients draw such maps in training, too.
+    """
+    return random_maps(views, VIEW_STRENGTH, make_rng(0, "views of statistics"))
+
+
+def mean_over_views(parts: Sequence[Statistics]) -> Statistics:
+    """Average sums of the same images, once for each view; every image counts once."""
+    if len(parts) == 1:
+        return parts[0]
+    total = add_up(parts)
+    return Statistics(parts[0].counts, total.sums / len(parts), total.gram / len(parts))
 
 
 class StatisticsClient:
@@ -45,7 +73,7 @@ class StatisticsClient:
         self.seconds = 0.0  # of the sums that were asked for last
 
     def statistics(
-        self, models: Sequence[tuple[ModelShape, dict[str, Tensor]]], tokens: FeatureTokens
+        self, models: Sequence[tuple[ModelShape, dict[str, Tensor]]], tokens: FeatureTokens, views: int = 0
     ) -> Statistics:
         """Return the sums of the models' features, side by side; BadInput for a model that does not fit."""
         vits, timer = [], {}
@@ -54,6 +82,6 @@ class StatisticsClient:
                 check_arrays(f"message of the server to client {self.upload.client}", weights, shape.arrays())
                 vits.append(shape.build())
                 vits[-1].load_state_dict(weights)
-            sums = feature_statistics(vits, self._shard, tokens)
+            sums = feature_statistics(vits, self._shard, tokens, views)
         self.seconds = timer["statistics"]
         return sums

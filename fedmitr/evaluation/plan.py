@@ -171,8 +171,9 @@ def _clients(method: Method, settings: Settings, student: ModelCosts, team: Team
         sent = (count + count * count) * student.model_bytes
     if summed or method.given == "clients":
         models = [student] if method.single_model or method.given != "clients" else list(team)
-        width = sum(feature_width(c.vit, settings.statistics.tokens) for c in models)
-        flops += images * (sum(c.forward.flops for c in models) + 2 * width * width)
+        how = method.adapted(settings).statistics
+        width = sum(feature_width(c.vit, how.tokens) for c in models)
+        flops += images * (1 + how.views) * (sum(c.forward.flops for c in models) + 2 * width * width)
         # float64: the models, sums, and the Gram matrix, its triangle and one that is added to it
         sums = 2 * FLOAT * width * (GRAMS * width + student.classes)
         memory = max(memory, 2 * sum(c.model_bytes for c in models) + sums)

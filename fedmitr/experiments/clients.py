@@ -72,27 +72,48 @@ class Clients:
         """The one upload of every client; with its class histogram where ensemble or inversion needs it."""
         return [u if self.settings.uses_counts else u.without_counts() for u in self.counted_uploads]
 
-    @cached_property
+    @property
     def features(self) -> Features:
-        """What statistics of clients are sums of: tokens of the shared initial model."""
-        model = self.settings.model
-        shape = ModelShape.of(model.name, self.initial)
-        return Features(shape=shape, weights=weights_digest(model), tokens=self.settings.statistics.tokens)
+        """What statistics of clients are sums of under the run's own settings."""
+        return self.features_of(self.settings)
+
+    def features_of(self, settings: Settings) -> Features:
+        """Return what statistics are sums of under a method's reading of the settings (`Method.adapted`)."""
+        return Features(
+            shape=ModelShape.of(self.settings.model.name, self.initial),
+            weights=self._initial_digest,
+            tokens=settings.statistics.tokens,
+            views=settings.statistics.views,
+        )
 
     @cached_property
-    def statistics(self) -> list[Statistics]:
-        """The sums of features of every client."""
-        with progress(len(self.shards), "statistics", "client", delay=1) as bar:
-            found = []
-            for client, shard in enumerate(self.shards):
-                found.append(self._sum_features(self.statistics_key(client), shard))
-                bar.update(1)
-            return found
+    def _initial_digest(self) -> str:
+        return weights_digest(self.settings.model)
 
-    def _sum_features(self, key: str, rows: Tensor) -> Statistics:
+    @property
+    def statistics(self) -> list[Statistics]:
+        """The sums of features of every client, under the run's own settings."""
+        return self.statistics_of(self.features)
+
+    def statistics_of(self, features: Features) -> list[Statistics]:
+        """Return the sums of these features of every client."""
+        if features not in self._statistics:
+            with progress(len(self.shards), "statistics", "client", delay=1) as bar:
+                found = []
+                for client, shard in enumerate(self.shards):
+                    found.append(self._sum_features(self.statistics_key(client, features), shard, features))
+                    bar.update(1)
+            self._statistics[features] = found
+        return self._statistics[features]
+
+    @cached_property
+    def _statistics(self) -> dict[Features, list[Statistics]]:
+        return {}
+
+    def _sum_features(self, key: str, rows: Tensor, features: Features) -> Statistics:
         """Return the sums over these images of the training split, from the store or computed now."""
-        path, shard, tokens = "statistics.safetensors", self.task.train.subset(rows), self.features.tokens
-        classes, width = self.features.shape.num_classes, self.features.width
+        path, shard = "statistics.safetensors", self.task.train.subset(rows)
+        classes, width = features.shape.num_classes, features.width
 
         def read(folder: Path) -> Statistics:
             sums = Statistics.from_arrays(read_tensors(folder / path))
@@ -102,7 +123,7 @@ class Clients:
             "statistics",
             key,
             read=read,
-            make=lambda: feature_statistics([self.initial], shard, tokens),
+            make=lambda: feature_statistics([self.initial], shard, features.tokens, features.views),
             write=lambda sums, folder: write_tensors(sums.to_arrays(), folder / path),
         )
 
@@ -195,14 +216,11 @@ class Clients:
         """Return a function that reads an upload of a client that started from this shared model."""
         return partial(Upload.load, expected=ModelShape.of(model.name, self.shared(model)))
 
-    def statistics_key(self, client: int | None) -> str:
+    def statistics_key(self, client: int | None, features: Features) -> str:
         """Return the address of a client's statistics in the store; None: of those of all images."""
         who = [] if client is None else [self.settings.partition.model_dump(), client]
-        return fingerprint("statistics", self.settings.seed, *self._data_inputs, self._features_text, *who)
-
-    @cached_property
-    def _features_text(self) -> str:
-        return self.features.model_dump_json()
+        told = features.model_dump_json()
+        return fingerprint("statistics", self.settings.seed, *self._data_inputs, told, *who)
 
     def upload_key(self, client: int) -> str:
         """Return the address of a client's upload in the store."""
@@ -245,11 +263,12 @@ class Clients:
             found = [self._bare_upload(k, shard) for k, shard in enumerate(self.shards)]
         if not record.needs_statistics_under(self.settings):
             return found
+        features = self.features_of(record.adapted(self.settings))
         if record.given == "central":
-            sums = [self._sum_features(self.statistics_key(None), self._everything)]
+            sums = [self._sum_features(self.statistics_key(None, features), self._everything, features)]
         else:
-            sums = self.statistics
-        return [u.with_statistics(s, self.features) for u, s in zip(found, sums, strict=True)]
+            sums = self.statistics_of(features)
+        return [u.with_statistics(s, features) for u, s in zip(found, sums, strict=True)]
 
     def upload_for(self, method: Method, client: int) -> Upload:
         """Return what one client sends for a method; no other client is trained."""
@@ -259,8 +278,9 @@ class Clients:
         else:
             upload = self._bare_upload(client, self.shards[client])
         if method.needs_statistics_under(self.settings):
-            sums = self._sum_features(self.statistics_key(client), self.shards[client])
-            upload = upload.with_statistics(sums, self.features)
+            features = self.features_of(method.adapted(self.settings))
+            sums = self._sum_features(self.statistics_key(client, features), self.shards[client], features)
+            upload = upload.with_statistics(sums, features)
         return upload.checked()
 
     def _bare_upload(self, client: int, rows: Tensor) -> Upload:

@@ -160,7 +160,8 @@ class Experiment(Clients):
             if record.needs_weights:
                 keys = [("uploads", self.central_key if alone else self.upload_key(k)) for k in clients]
             if record.needs_statistics_under(self.settings):
-                keys += [("statistics", self.statistics_key(None if alone else k)) for k in clients]
+                features = self.features_of(record.adapted(self.settings))
+                keys += [("statistics", self.statistics_key(None if alone else k, features)) for k in clients]
         seconds = {who: spent + sum(self.store.seconds(*key) for key in set(keys))}
         return {stage: round(value, 3) for stage, value in (seconds | outcome.seconds).items()}
 

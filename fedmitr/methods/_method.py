@@ -198,9 +198,10 @@ class Method:
         return self.needs_counts or (self.needs_weights and self.adapted(settings).uses_counts)
 
     def needs_statistics_under(self, settings: Settings) -> bool:
-        """Whether clients send sums of features under these settings."""
+        """Whether clients send sums of features under these settings; `ensemble.anchor` asks them to, too."""
         needs = self.needs_statistics
-        return bool(dotted(settings, needs)) if isinstance(needs, str) else needs
+        own = bool(dotted(settings, needs)) if isinstance(needs, str) else needs
+        return own or (self.distils and self.needs_weights and self.adapted(settings).ensemble.anchor)
 
     def sent_under(self, settings: Settings) -> list[str]:
         """List what clients send under these settings: weights, class histogram, statistics."""

@@ -17,7 +17,7 @@ from ..upload import ModelShape, Statistics, Upload, wire_bytes
 from ..vision.features import FeatureClassifier, feature_width, largest_feature
 from ..vision.vit import weights_digest
 from ._method import Outcome
-from ._student import initial_model
+from ._start import initial_model
 
 Model = tuple[ModelShape, dict[str, Tensor]]  # a model in a message: its shape and its weights
 
@@ -28,8 +28,8 @@ class Client(Protocol):
     upload: Upload
     shared: dict[str, Tensor]  # weights of the model that it was sent first
 
-    def statistics(self, models: Sequence[Model], tokens: FeatureTokens) -> Statistics:
-        """Return the sums of the models' features, side by side, over the client's images."""
+    def statistics(self, models: Sequence[Model], tokens: FeatureTokens, views: int = 0) -> Statistics:
+        """Return the sums of the models' features, side by side, over the client's images and their views."""
         ...
 
 
@@ -95,7 +95,7 @@ def solve_again(clients: Sequence[Client], models: Sequence[Model], settings: Se
     seconds: dict[str, float] = {}
     total: Statistics | None = None
     for client in clients:
-        sums = client.statistics(models, own.tokens)
+        sums = client.statistics(models, own.tokens, own.views)
         who = f"second message of client {client.upload.client}"
         sums.check_sums(who, classes, width, client.upload.size)
         check_length(who, sums, vits, own.tokens)

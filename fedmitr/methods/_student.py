@@ -11,6 +11,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from ..core.errors import BadInput
 from ..core.machine import device
 from ..core.progress import timed
 from ..core.rng import make_rng
@@ -21,10 +22,13 @@ from ..server.synthetic import SyntheticSet, load_synthetic, save_synthetic
 from ..server.views import Batch, draw_views, epochs, rows_of, view
 from ..settings import Settings, SettingsBlock
 from ..settings.schema import NotNegative, Positive, RelabelSettings, setting
-from ..upload import ModelShape, Upload
+from ..upload import Upload
+from ..vision.features import FeatureClassifier
 from ..vision.tokens import images_at_once, kept_patches
-from ..vision.vit import create_vit, weights_digest
+from ..vision.vit import weights_digest
 from ._method import Outcome, Range, Search
+from ._start import build_ensemble, global_shape, initial_model
+from ._statistics import ridge_classifier
 from .fedavg import average_weights
 
 # Settings of the `distill` block that FedMITR alone reads: other methods have their own, or no use for them.
@@ -59,36 +63,25 @@ WEIGHTS, ACCOUNT = "weights.safetensors", "account.json"
 Teacher = Callable[[Tensor, Tensor], Tensor]  # clients' logits (K, B, C) and labels (B,) to log-probs (B, C)
 
 
-def global_shape(uploads: Sequence[Upload], settings: Settings) -> ModelShape:
-    """Return the global model's shape: `model.name`, for the images and classes of the uploads."""
-    return uploads[0].shape.model_copy(update={"name": settings.model.name})
+def student_start(uploads: Sequence[Upload], settings: Settings) -> VisionTransformer | FeatureClassifier:
+    """Make the student as it is before distillation (`distill.start`).
 
-
-def build_ensemble(uploads: Sequence[Upload], settings: Settings) -> Ensemble:
-    """Build the ensemble of the uploads, on the global model's patch grid."""
-    return Ensemble(uploads, settings.ensemble, like=global_shape(uploads, settings).build()).to(device())
-
-
-def student_start(uploads: Sequence[Upload], settings: Settings) -> VisionTransformer:
-    """Make the student as it is before distillation: the shared initial model, or the clients' average."""
-    if settings.distill.start == "average":
-        vit = global_shape(uploads, settings).build()
-        vit.load_state_dict(average_weights(uploads))
-        return vit.to(device())
-    return initial_model(uploads, settings)
-
-
-def initial_model(uploads: Sequence[Upload], settings: Settings) -> VisionTransformer:
-    """Build the shared model that the clients started from, for the images and classes of the uploads."""
-    shape, model = global_shape(uploads, settings), settings.model
-    vit = create_vit(
-        shape.name,
-        shape.num_classes,
-        pretrained=model.pretrained,
-        checkpoint=model.checkpoint,
-        image_size=shape.image_size,
-        in_chans=shape.in_chans,
-    )
+    It is the clients' average, the shared initial model, or that model with the head of ridge regression from
+    the clients' statistics. The last one's logits are β·r(x), what ridge scores are in the teacher.
+    """
+    if settings.distill.start == "statistics":
+        if not settings.ensemble.anchor:
+            raise BadInput(
+                "distill.start='statistics' needs sums of the clients: allowed with ensemble.anchor=true"
+            )
+        student = ridge_classifier(uploads, settings)
+        for parameter in student.head.parameters():
+            parameter.mul_(settings.statistics.weight)
+        return student
+    if settings.distill.start == "initial":
+        return initial_model(uploads, settings)
+    vit = global_shape(uploads, settings).build()
+    vit.load_state_dict(average_weights(uploads))
     return vit.to(device())
 
 
@@ -96,7 +89,8 @@ class Student:
     """A student that learns, round by round, from a growing pool of images that the clients labelled.
 
     The pool keeps every client's logits for each view, so that a teacher whose weights change, or that
-    depends on the target label, costs no new forward passes. change(ensemble, views), where it is set,
+    depends on the target label, costs no new forward passes. With `ensemble.anchor` it keeps ridge scores,
+    too, and they join whatever a method takes for its teacher. change(ensemble, views), where it is set,
     changes views (B, ch, H, W) when they are drawn, before any model is shown them.
     """
 
@@ -108,6 +102,8 @@ class Student:
         method: names the block of settings, read where it has `StudentSettings`. steps: of all rounds.
         """
         self.ensemble = build_ensemble(uploads, settings)
+        self.anchor = ridge_classifier(uploads, settings) if settings.ensemble.anchor else None
+        self.anchor_weight = settings.statistics.weight
         self.vit = student_start(uploads, settings)
         own = getattr(settings, method, None)
         own = own if isinstance(own, StudentSettings) else StudentSettings()
@@ -146,16 +142,17 @@ class Student:
             self.views.append(self._draw(draw, len(part), self.settings.views))
 
     def pool(self) -> Batch:
-        """Return all stored views (V, ch, H, W), their labels (V,) and the clients' logits (V, K, C).
+        """Return all stored views (V, ch, H, W), labels (V,), clients' logits (V, K, C), and β·r (V, C).
 
-        With distill.views=0 nothing is stored, and one new view of each image is drawn.
+        The scores β·r are there with `ensemble.anchor`. With distill.views=0 nothing is stored, and one new
+        view of each image is drawn.
         """
         if not self.settings.views:
             return self._draw(partial(self._view, self.images), len(self.images), 1)
         return tuple(map(torch.cat, zip(*self.views, strict=True)))
 
     def unchanged_views(self) -> Batch:
-        """Draw a view of each image of the pool without `change`: views, labels (n,), logits (n, K, C)."""
+        """Draw a view of each image of the pool without `change`, with the columns of `pool`."""
         draw = partial(self._view, self.images, changed=False)
         return self._draw(draw, len(self.images), 1)
 
@@ -173,8 +170,8 @@ class Student:
 
         def batches() -> Iterator[Batch]:
             for pick in islice(epochs(count, self.settings.batch_size, self.rng), steps):
-                images, labels, logits = draw(pick)  # logits (B, K, C)
-                target = teacher(logits.transpose(0, 1), labels)  # (B, C)
+                images, labels, *predicted = draw(pick)
+                target = self._target(teacher, labels, *predicted)
                 yield images, target if offset is None else (target + offset).log_softmax(-1), labels, None
 
         train_student(self.vit, batches(), self.optimizer, self.schedule, self.settings, NO_TOKENS, progress)
@@ -182,21 +179,30 @@ class Student:
     def _offset(self, teacher: Teacher) -> Tensor:
         """Fit class offsets (C,) of the teacher to the labels of the pool; no pixels are kept for it."""
         if self.settings.views:
-            labels, logits = map(torch.cat, list(zip(*self.views, strict=True))[1:])
+            columns = map(torch.cat, list(zip(*self.views, strict=True))[1:])
         else:
-            labels, logits = self._draw(lambda pick: self._view(self.images, pick)[1:], len(self.images), 1)
-        return fit_offset(teacher(logits.transpose(0, 1), labels), labels, self.calibrate)
+            columns = self._draw(lambda pick: self._view(self.images, pick)[1:], len(self.images), 1)
+        labels, *predicted = columns
+        return fit_offset(self._target(teacher, labels, *predicted), labels, self.calibrate)
+
+    def _target(
+        self, teacher: Teacher, labels: Tensor, logits: Tensor, scores: Tensor | None = None
+    ) -> Tensor:
+        """Return what the student learns, log-probabilities (B, C): the teacher's, with β·r if given."""
+        target = teacher(logits.transpose(0, 1), labels)  # (B, C)
+        return target if scores is None else (target + scores).log_softmax(-1)
 
     def _draw(self, fresh: Callable[[Tensor], Batch], count: int, views: int) -> Batch:
         return draw_views(fresh, count, views, self.rng, images_at_once(self.vit))
 
     def _view(self, images: SyntheticSet, pick: Tensor, changed: bool = True) -> Batch:
-        """Draw a view of each image in pick (B,): pixels, labels (B,) and the clients' logits (B, K, C)."""
+        """Draw a view of each image in pick (B,), with the columns of `pool`."""
         views = view(self.vit, images, pick, self.settings, self.rng)[0]
         if changed and self.change:
             views = self.change(self.ensemble, views)
         with torch.no_grad():
-            return views, images.labels[pick], self.ensemble.logits(views).transpose(0, 1)
+            columns = (views, images.labels[pick], self.ensemble.logits(views).transpose(0, 1))
+            return columns if self.anchor is None else (*columns, self.anchor_weight * self.anchor(views))
 
 
 def whole_images(vit: VisionTransformer, images: Tensor, labels: Tensor) -> SyntheticSet:
@@ -272,16 +278,19 @@ def stored(
     method: str, uploads: Sequence[Upload], settings: Settings, store: Store, make: Callable[[], Outcome]
 ) -> Outcome:
     """Take a method's student from the store, with its images and account; else make and keep them."""
-    blocks = [getattr(settings, b).model_dump() for b in ("ensemble", "inversion", method)]
+    blocks = [settings.ensemble.model_dump(exclude={"anchor"})]
+    blocks += [getattr(settings, b).model_dump() for b in ("inversion", method)]
     blocks.append(settings.distill.model_dump(exclude=FEDMITR_ALONE))
     shared = [weights_digest(settings.model), settings.budget, settings.seed]
+    if settings.ensemble.anchor:
+        shared.append(settings.statistics.model_dump())
     key = fingerprint(method, [u.digest for u in uploads], blocks, shared)
 
     def read(folder: Path) -> Outcome:
-        vit = global_shape(uploads, settings).build()
+        vit = student_start(uploads, settings)
         vit.load_state_dict(read_tensors(folder / WEIGHTS))
         account = json.loads((folder / ACCOUNT).read_text())
-        return Outcome([vit.eval().to(device())], synthetic=load_synthetic(folder), **account)
+        return Outcome([vit.eval()], synthetic=load_synthetic(folder), **account)
 
     def write(outcome: Outcome, folder: Path) -> None:
         write_tensors(outcome.models[0].state_dict(), folder / WEIGHTS)

@@ -10,7 +10,7 @@ from ..settings import Settings, SettingsBlock
 from ..settings.schema import Positive, setting
 from ..upload import Upload
 from ._method import Method, Outcome
-from ._student import build_ensemble, global_shape
+from ._start import build_ensemble, global_shape
 from .fedmitr import fedmitr_work, inversion_keys, synthetic_set
 from .fedmitr_plus import with_additions
 

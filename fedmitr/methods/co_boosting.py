@@ -91,7 +91,7 @@ def _begin(
     def boost(index: int) -> None:
         nonlocal weights
         rate = own.weight_step * own.weight_decay**index
-        weights = reweigh(weights, student.unchanged_views(), rate, batch_size, rng)
+        weights = reweigh(weights, student.unchanged_views()[:3], rate, batch_size, rng)
         teacher.weights = shares(weights)
 
     return Generation(make, before_learning=boost)

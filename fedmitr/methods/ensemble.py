@@ -6,7 +6,7 @@ from ..core.store import Store
 from ..settings import Settings
 from ..upload import Upload
 from ._method import Method, Outcome
-from ._student import build_ensemble
+from ._start import build_ensemble
 
 
 def ensemble(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:

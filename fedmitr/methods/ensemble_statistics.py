@@ -8,8 +8,8 @@ from ..server.joint import EnsembleWithStatistics
 from ..settings import Settings
 from ..upload import Upload
 from ._method import Method, Outcome, Range
+from ._start import build_ensemble
 from ._statistics import ridge_classifier
-from ._student import build_ensemble
 from .fedmitr_plus import with_additions
 
 

@@ -39,15 +39,16 @@ from ..settings import Settings
 from ..upload import ModelShape, Upload
 from ..vision.vit import weights_digest
 from ._method import Method, Outcome, Range, Work
+from ._start import build_ensemble, global_shape
 from ._statistics import ridge_classifier
-from ._student import build_ensemble, global_shape, student_start
+from ._student import student_start
 
 
 def fedmitr(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
     """Turn uploads into one global model: invert, relabel, distil; each stage is kept in the store.
 
     With `distill.group`, groups of clients are distilled first, and their models take the clients' place.
-    Where uploads carry statistics, these join the ensemble as the teacher (`EnsembleWithStatistics`).
+    With `ensemble.anchor` ridge scores join the ensemble as the teacher (`EnsembleWithStatistics`).
     """
     before: dict[str, float] = {}
     if settings.distill.group:
@@ -79,7 +80,9 @@ def in_groups(
         if len(group) == 1:
             made += group
             continue
-        outcome = fedmitr(group, settings.changed({"distill.group": None}), store)
+        start = "initial" if settings.distill.start == "statistics" else settings.distill.start
+        alone = settings.changed({"distill.group": None, "distill.start": start})  # groups send plain ViTs
+        outcome = fedmitr(group, alone, store)
         seconds.append(outcome.seconds)
         made.append(joined(group, outcome.models[0], global_shape(group, settings)))
     return made, add_up(seconds)
@@ -114,7 +117,11 @@ def add_up(parts: Sequence[dict[str, float]]) -> dict[str, float]:
 def inversion_keys(uploads: Sequence[Upload], settings: Settings) -> list[str]:
     """Return the store's key of every batch of synthetic images."""
     bare = [u.without_statistics() for u in uploads]  # images are the same with and without statistics
-    made_by = [[u.digest for u in bare], settings.ensemble.model_dump(), settings.inversion.model_dump()]
+    made_by = [
+        [u.digest for u in bare],
+        settings.ensemble.model_dump(exclude={"anchor"}),
+        settings.inversion.model_dump(),
+    ]
     if any(u.shape.name != settings.model.name for u in uploads):
         made_by.append(settings.model.name)  # the student's, on whose patch grid images and masks lie
     batches = -(-settings.inversion.images // settings.inversion.batch_size)
@@ -173,9 +180,9 @@ def _invert_apart(
 
 
 def build_teacher(uploads: Sequence[Upload], settings: Settings) -> Ensemble | EnsembleWithStatistics:
-    """Build what labels images: the ensemble, with ridge scores where the uploads carry statistics."""
+    """Build what labels images: the ensemble, with ridge scores where `ensemble.anchor` is on."""
     ensemble = build_ensemble(uploads, settings)
-    if all(u.statistics is None for u in uploads):
+    if not settings.ensemble.anchor:
         return ensemble
     return EnsembleWithStatistics(ensemble, ridge_classifier(uploads, settings), settings.statistics.weight)
 
@@ -183,7 +190,7 @@ def build_teacher(uploads: Sequence[Upload], settings: Settings) -> Ensemble | E
 def distill_key(uploads: Sequence[Upload], settings: Settings) -> str:
     """Return the store's key of the distilled global model."""
     how = [settings.relabel.model_dump(), settings.distill.model_dump(), weights_digest(settings.model)]
-    if any(u.statistics is not None for u in uploads):
+    if settings.ensemble.anchor:
         how += [[u.digest for u in uploads], settings.statistics.model_dump()]
     return fingerprint("global", inversion_keys(uploads, settings), how, settings.seed)
 

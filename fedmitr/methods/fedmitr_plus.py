@@ -14,10 +14,11 @@
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from ..core.store import Store
 from ..settings import Settings, SettingsBlock
-from ..settings.schema import NotNegative, Share, setting
+from ..settings.schema import NotNegative, Positive, Share, setting
 from ..upload import Upload
 from ._method import Method, Outcome, Range
 from .fedmitr import SEARCH, fedmitr, fedmitr_work
@@ -29,6 +30,12 @@ class FedmitrPlusSettings(SettingsBlock):
     owners: bool = setting(True, "invert for each image one client that holds its class, not the ensemble")
     class_weights: bool = setting(True, "weight clients by their class counts c_k (ensemble.mode=class)")
     statistics: bool = setting(True, "clients send sums of features; ridge scores join the teacher")
+    regions: bool = setting(False, "the features are those of regions (statistics.tokens=regions)")
+    views: int = setting(
+        0, "moved copies of each image that count in the sums; 0: as statistics.views says", ge=0, le=100
+    )
+    closed_form: bool = setting(False, "start the student at the closed form (distill.start=statistics)")
+    student_lr: Positive = setting(1e-4, "peak learning rate of a student that starts at the closed form")
     affine: Share = setting(0.7, "strength of affine views in inversion; 0: jitter alone")
     textures: bool = setting(True, "show new texture in place of stopped patches in each view")
     offsets: NotNegative = setting(0.02, "penalty λ of the class offsets fitted to the labels; 0: none")
@@ -36,9 +43,23 @@ class FedmitrPlusSettings(SettingsBlock):
     half_soft: Share = setting(0.5, "share of the soft label in the label of a surviving patch")
 
 
+def sums_of_plus(settings: Settings) -> dict[str, Any]:
+    """Return what the sums of FedMITR+'s clients are of, by the dotted names of all methods' settings."""
+    own, on = settings.fedmitr_plus, dict[str, Any]()
+    if own.regions:
+        on["statistics.tokens"] = "regions"
+    if own.views:
+        on["statistics.views"] = own.views
+    return on
+
+
 def with_additions(settings: Settings) -> Settings:
     """Return the settings under which FedMITR's functions run: those of the run, and what is switched on."""
-    own, on = settings.fedmitr_plus, {}
+    own, on = settings.fedmitr_plus, sums_of_plus(settings)
+    if own.statistics:
+        on["ensemble.anchor"] = True
+        if own.closed_form:
+            on |= {"distill.start": "statistics", "distill.lr": own.student_lr}
     if own.owners:
         on["inversion.teacher"] = "owners"
     if own.class_weights:

@@ -13,7 +13,7 @@ from ..core.store import Store
 from ..settings import Settings
 from ..upload import Upload
 from ._method import Outcome
-from ._student import initial_model
+from ._start import initial_model
 from .textures import distil_on, substitute, unlabelled
 
 

@@ -15,6 +15,7 @@ from ..core.machine import autocast
 from ..core.optimizers import make_optimizer, make_schedule
 from ..core.rng import make_rng
 from ..settings.schema import DistillSettings, RelabelSettings
+from ..vision.features import FeatureClassifier
 from ..vision.tokens import image_logits, images_at_once, images_in_training, kept_patches, patch_features
 from .ensemble import CombinedModels
 from .relabel import background_labels, soft_token_labels, tempered, token_targets
@@ -188,7 +189,9 @@ def distill_loss(
 
 
 def student_logits(student: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the student's logits of CLS, z^0 (B, C), and of every patch token, z^i (B, N, C)."""
+    """Compute the student's class logits z^0 (B, C), and logits of every patch token, z^i (B, N, C)."""
+    if isinstance(student, FeatureClassifier):
+        return student.forward_tokens(images)
     features = patch_features(student, *kept_patches(student, images))  # (B, P + N, d)
     tokens = student.fc_norm(features[:, student.num_prefix_tokens :])  # (B, N, d)
     return student.forward_head(features), token_head(student)(tokens)

@@ -61,6 +61,14 @@ class Settings(SettingsBlock):
             )
         return self
 
+    @model_validator(mode="after")
+    def _starts(self):
+        if self.distill.start == "statistics" and self.relabel.head == "own":
+            raise ValueError(
+                "distill.start='statistics' has no token head of its own: allowed is relabel.head='shared'"
+            )
+        return self
+
     @classmethod
     def load(cls, profile: str = "laptop", overrides: dict[str, Any] | None = None) -> "Settings":
         """Return a profile's settings with dotted overrides, such as {"partition.alpha": 0.1}.

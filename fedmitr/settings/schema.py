@@ -19,7 +19,7 @@ OpenShare = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Precision = Literal["auto", "fp32", "bf16"]
-FeatureTokens = Literal["cls", "patches", "both"]  # CLS, the mean patch token, or both side by side
+FeatureTokens = Literal["cls", "patches", "both", "regions"]  # as `vision.features.image_features` reads them
 
 
 def setting(
@@ -141,7 +141,16 @@ class StatisticsSettings(SettingsBlock):
     """Sums of features that clients send where closed-form heads are wanted."""
 
     tokens: FeatureTokens = setting(
-        "both", "features of an image: the output of CLS, the mean output of the patches, or both", "choice"
+        "both",
+        "features of an image: CLS, the mean of the patches, or both, after the last block; regions: CLS and "
+        "the mean of each quarter of the image, after each of the last two blocks",
+        "choice",
+    )
+    views: int = setting(
+        0,
+        "moved copies of each image that count beside it, the same moves for every image of every client",
+        ge=0,
+        le=100,
     )
     ridge: Positive = setting(
         1.0, "penalty λ of ridge regression on standardised features", "choice; scikit-learn's default"
@@ -158,6 +167,11 @@ class EnsembleSettings(SettingsBlock):
         "mean_logits",
         "plain mean of probabilities or of logits, or weighted by clients' sizes n_k or class counts c_k",
         "DENSE, Co-Boosting; FedFTG: class",
+    )
+    anchor: bool = setting(
+        False,
+        "clients send sums of features too, and ridge scores from them join the teacher's labels; for every "
+        "method that distils",
     )
     precision: Precision = precision_of("the teacher, for inversion and for labels")
 
@@ -261,8 +275,11 @@ class DistillSettings(SettingsBlock):
     batch_size: Count = setting(64, "synthetic images per step")
     lr: Positive = setting(6e-4, "peak learning rate of AdamW, one cycle; FedMITR's only")
     weight_decay: NotNegative = setting(0.05, "weight decay of AdamW", "DeiT")
-    start: Literal["average", "initial"] = setting(
-        "average", "weights that the student starts from: the uploads' average or the initial model", "choice"
+    start: Literal["average", "initial", "statistics"] = setting(
+        "average",
+        "what the student starts from: the uploads' average, the initial model, or the initial model with "
+        "the head of ridge regression, which reads the features of the statistics; needs ensemble.anchor",
+        "choice",
     )
     train: Literal["all", "head"] = setting(
         "all", "what of the student is trained: all of it, or its classifier alone", "choice; SMI: head"

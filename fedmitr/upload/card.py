@@ -55,13 +55,15 @@ def _meta_model(shape: ModelShape) -> VisionTransformer:
 class Features(BaseModel):
     """What the statistics of an upload are sums of: tokens of the shared model, which all clients were sent.
 
-    shape and weights identify that model; weights is `weights_digest` of its settings.
+    shape and weights identify that model; weights is `weights_digest` of its settings. views: moved copies
+    of each image that count beside it; a card does not mention none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     shape: ModelShape
     weights: str = Field(max_length=200)
     tokens: FeatureTokens
+    views: int = Field(default=0, strict=True, ge=0, le=100, exclude_if=lambda views: views == 0)
 
     @property
     def width(self) -> int:
@@ -69,7 +71,8 @@ class Features(BaseModel):
         return feature_width(_meta_model(self.shape), self.tokens)
 
     def __str__(self) -> str:
-        return f"tokens={self.tokens!r} of {self.shape.name!r} with weights {self.weights[:12]!r}"
+        views = f" with views={self.views}" if self.views else ""
+        return f"tokens={self.tokens!r}{views} of {self.shape.name!r} with weights {self.weights[:12]!r}"
 
 
 class Card(BaseModel):

@@ -69,7 +69,12 @@ def patch_features(
 
 
 def class_logits(vit: VisionTransformer, patches: Tensor, positions: Tensor) -> Tensor:
-    """Compute class logits z^0 (B, C) of patches (B, M, ch·p·p) at positions (B, M)."""
+    """Compute class logits z^0 (B, C) of patches (B, M, ch·p·p) at positions (B, M).
+
+    vit: a ViT, or a `features.FeatureClassifier`, whose head reads more than CLS.
+    """
+    if not isinstance(vit, VisionTransformer):
+        return vit.patch_logits(patches, positions)
     return vit.forward_head(patch_features(vit, patches, positions, read_by_head(vit)))
 
 

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import loud, make_upload
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -98,6 +99,42 @@ def test_several_models_stand_side_by_side(vit, shard):
     torch.testing.assert_close(both.sums, torch.cat([part.sums for part in close_to], 1))
     torch.testing.assert_close(both.gram[:96, :96], close_to[0].gram)
     torch.testing.assert_close(both.gram[96:, 96:], close_to[1].gram)
+
+
+# Moved copies.
+
+
+def moved(images, theta):
+    """Each image under one affine map, by torch alone."""
+    grid = F.affine_grid(theta.double().expand(len(images), -1, -1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
+def test_an_image_counts_once_as_the_mean_over_its_moved_copies(vit, shard):
+    found = feature_statistics([vit], shard, "both", views=3)
+    exact = shard.images.double()
+    views = [exact, *(moved(exact, theta) for theta in module.view_maps(3))]
+    parts = [by_hand(vit, Split(images, shard.labels), "both") for images in views]
+    counts, sums, gram = (sum(part[i] for part in parts) / 4 for i in range(3))
+    assert found.counts.tolist() == counts.tolist() and found.size == IMAGES
+    np.testing.assert_allclose(found.sums, sums, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(found.gram, gram, rtol=1e-9, atol=1e-9)
+    assert found.checked("client 0", 10, 192, IMAGES) is found
+    assert not torch.allclose(found.gram, feature_statistics([vit], shard, "both").gram, rtol=1e-3)
+
+
+def test_moves_are_small_all_different_and_the_same_for_everyone():
+    maps = module.view_maps(8)
+    assert torch.equal(maps, module.view_maps(8)) and torch.equal(maps[:5], module.view_maps(8)[:5])
+    assert len({tuple(m.flatten().tolist()) for m in maps}) == 8
+    assert (maps[:, :, :2] - torch.eye(2)).abs().max() < 0.4 and maps[:, :, 2].abs().max() < 0.3
+    assert not len(module.view_maps(0))
+
+
+def test_with_moved_copies_clients_add_up_to_one_that_holds_everything(vit, shard):
+    rows = torch.arange(IMAGES)
+    parts = [feature_statistics([vit], shard.subset(rows[k::5]), "regions", 2) for k in range(5)]
+    close(add_up(parts), feature_statistics([vit], shard, "regions", 2))
 
 
 # A client of two exchanges.

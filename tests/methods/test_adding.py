@@ -153,7 +153,11 @@ def test_a_record_that_cannot_be_used_is_one_line_and_changes_nothing(
 
 
 def test_an_unknown_method_is_one_line(one_line):
-    for refuse in (find, lambda name: check_methods([name], small()), lambda name: described(name)([], 0, 0)):
+    for refuse in (
+        find,
+        lambda name: check_methods([name], small()),
+        lambda name: described(name)([], small(), 0),
+    ):
         with pytest.raises(fm.BadInput) as error:
             refuse("nobody")
         one_line(error.value, "'nobody'", *SHIPPED)

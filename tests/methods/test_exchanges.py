@@ -138,13 +138,13 @@ def test_bytes_up_and_down_are_those_of_all_messages(method, clients, shared, tm
 def test_clients_are_asked_for_their_sums_once_and_say_how_long_it_took(clients, tmp_path, monkeypatch):
     asked, ask = [], StatisticsClient.statistics
 
-    def note(self, models, tokens):
-        asked.append((self.upload.client, [shape.name for shape, _ in models], tokens))
-        return ask(self, models, tokens)
+    def note(self, models, tokens, views):
+        asked.append((self.upload.client, [shape.name for shape, _ in models], tokens, views))
+        return ask(self, models, tokens, views)
 
     monkeypatch.setattr(StatisticsClient, "statistics", note)
     METHODS["stacking"](clients, options("patches"), Store(tmp_path))
-    assert asked == [(k, ["vit_micro"] * 3, "patches") for k in range(3)]
+    assert asked == [(k, ["vit_micro"] * 3, "patches", 0) for k in range(3)]
     assert all(client.seconds > 0 for client in clients)
 
 

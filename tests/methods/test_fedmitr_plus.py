@@ -13,6 +13,7 @@ from fedmitr.methods import METHODS
 from fedmitr.methods.fedmitr_plus import FedmitrPlusSettings, with_additions
 from fedmitr.server.joint import EnsembleWithStatistics
 from fedmitr.settings import PROFILES, Settings
+from fedmitr.vision.features import FeatureClassifier
 
 pipeline = importlib.import_module("fedmitr.methods.fedmitr")  # the package's name for it is the method
 OFF = {
@@ -24,6 +25,9 @@ OFF = {
     "offsets": 0.0,
     "label_ce": 0.0,
     "half_soft": 0.0,
+    "regions": False,
+    "views": 0,
+    "closed_form": False,
 }
 SWITCHES = {  # switch and its value: the one setting that it changes, and what to
     ("owners", True): ("inversion.teacher", "owners"),
@@ -33,6 +37,8 @@ SWITCHES = {  # switch and its value: the one setting that it changes, and what 
     ("offsets", 0.1): ("distill.calibrate", 0.1),
     ("label_ce", 0.4): ("distill.ce_weight", 0.4),
     ("half_soft", 0.25): ("relabel.foreground_soft", 0.25),
+    ("regions", True): ("statistics.tokens", "regions"),
+    ("views", 3): ("statistics.views", 3),
 }
 PUBLISHED = {
     "ensemble.mode": "mean_logits",
@@ -42,7 +48,10 @@ PUBLISHED = {
     "distill.calibrate": 0.0,
     "distill.ce_weight": 0.0,
     "relabel.foreground_soft": 0.0,
+    "statistics.tokens": "both",
+    "statistics.views": 0,
 }
+DEFAULT_OFF = {"regions", "views", "closed_form"}
 
 
 def plus(base=None, **switches):
@@ -72,8 +81,8 @@ def two():
 
 
 def test_every_addition_has_a_switch():
-    assert set(OFF) == set(FedmitrPlusSettings.model_fields)
-    assert {name for name, _ in SWITCHES} == set(OFF) - {"statistics"}
+    assert set(OFF) | {"student_lr"} == set(FedmitrPlusSettings.model_fields)
+    assert {name for name, _ in SWITCHES} == set(OFF) - {"statistics", "closed_form"}
     assert {name for name, _ in SWITCHES.values()} == set(PUBLISHED)
 
 
@@ -104,10 +113,12 @@ def test_with_all_switches_off_settings_are_those_of_the_run():
 def test_by_default_all_are_on():
     found = flat(with_additions(Settings()))
     defaults = FedmitrPlusSettings()
-    assert all(getattr(defaults, name) for name in OFF)
+    assert all(getattr(defaults, name) for name in set(OFF) - DEFAULT_OFF)
     for (name, _), (setting, value) in SWITCHES.items():
         own = getattr(defaults, name)
-        assert found[setting] == (value if own is True else own)
+        assert found[setting] == (
+            PUBLISHED[setting] if name in DEFAULT_OFF else value if own is True else own
+        )
 
 
 def test_with_all_switches_off_it_is_fedmitr_bit_for_bit_and_nothing_is_made_anew(two, tmp_path, monkeypatch):
@@ -120,7 +131,10 @@ def test_with_all_switches_off_it_is_fedmitr_bit_for_bit_and_nothing_is_made_ane
     assert equal(run("fedmitr_plus", two, settings, store).models[0], theirs.models[0])
 
 
-@pytest.mark.parametrize("switch", [*SWITCHES, ("statistics", True)], ids=lambda switch: switch[0])
+ALONE = [switch for switch in SWITCHES if switch[0] not in ("regions", "views")]  # these two are of sums
+
+
+@pytest.mark.parametrize("switch", [*ALONE, ("statistics", True)], ids=lambda switch: switch[0])
 def test_every_switch_alone_gives_another_model(switch, two, tmp_path):
     name, value = switch
     theirs = run("fedmitr", two, tiny(), Store(tmp_path))
@@ -128,6 +142,33 @@ def test_every_switch_alone_gives_another_model(switch, two, tmp_path):
     assert not equal(ours.models[0], theirs.models[0])
     anew = name in ("owners", "class_weights", "affine")  # the others come after inversion
     assert same(ours.synthetic, theirs.synthetic) != anew
+
+
+@pytest.mark.parametrize("switch", [("regions", True), ("closed_form", True)], ids=str)
+def test_switches_of_the_sums_give_another_model_where_sums_are_sent(switch, two, tmp_path):
+    settings = plus(statistics=True)
+    name, value = switch
+    before = run("fedmitr_plus", two, settings, Store(tmp_path))
+    after = run("fedmitr_plus", two, plus(statistics=True, **{name: value}), Store(tmp_path))
+    assert same(after.synthetic, before.synthetic)
+    state = after.models[0].state_dict()
+    if name == "closed_form":
+        assert isinstance(after.models[0], FeatureClassifier) and state["head.weight"].shape == (10, 192)
+    else:
+        assert not equal(after.models[0], before.models[0])
+    without = run("fedmitr_plus", two, plus(**{name: value}), Store(tmp_path)).models[0]
+    assert equal(without, run("fedmitr", two, tiny(), Store(tmp_path)).models[0])
+
+
+def test_the_student_of_the_closed_form_has_a_rate_of_its_own():
+    settings = plus(statistics=True, closed_form=True, student_lr=3e-5)
+    found, before = flat(with_additions(settings)), flat(with_additions(plus(statistics=True)))
+    changed = {name: value for name, value in found.items() if before[name] != value}
+    own = ("fedmitr_plus.closed_form", "fedmitr_plus.student_lr")
+    assert {k: v for k, v in changed.items() if k not in own} == {
+        "distill.start": "statistics",
+        "distill.lr": 3e-5,
+    }
 
 
 # What clients send.
@@ -189,20 +230,21 @@ def test_images_are_the_same_with_and_without_statistics_and_are_made_once(two, 
     ids=str,
 )
 def test_a_student_of_other_statistics_is_another_student(change, anew, two, tmp_path):
-    settings = plus(statistics=True)
+    settings, record = plus(statistics=True), METHODS["fedmitr_plus"]
     keys = [
-        pipeline.distill_key(given("fedmitr_plus", two, s), s) for s in (settings, settings.changed(change))
+        pipeline.distill_key(given("fedmitr_plus", two, s), record.adapted(s))
+        for s in (settings, settings.changed(change))
     ]
     assert (keys[0] != keys[1]) == anew
-    assert pipeline.distill_key(two, settings) == pipeline.distill_key(two, settings.changed(change))
+    assert pipeline.distill_key(two, plus()) == pipeline.distill_key(two, plus().changed(change))
 
 
 def test_the_teacher_joins_the_ensemble_of_the_runs_mode_and_ridge(two, tmp_path):
     settings = with_additions(plus(statistics=True, class_weights=True, base=tiny(statistics__weight=4.0)))
-    teacher = pipeline.build_teacher(given("fedmitr_plus", two, settings), settings)
+    teacher = pipeline.build_teacher([with_statistics(u, "both") for u in two], settings)
     assert isinstance(teacher, EnsembleWithStatistics) and teacher.weight == 4.0
     assert teacher.ensemble.mode == "class" and teacher.classifier.tokens == settings.statistics.tokens
-    assert pipeline.build_teacher(two, settings).mode == "class"
+    assert pipeline.build_teacher(two, with_additions(plus(class_weights=True))).mode == "class"
 
 
 # In groups.

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import loud
 from timm.models.vision_transformer import VisionTransformer
 
 import fedmitr as fm
-from fedmitr.vision.features import FeatureClassifier, feature_width, image_features
+from fedmitr.vision.features import FeatureClassifier, feature_width, image_features, largest_feature
+from fedmitr.vision.tokens import class_logits, forward_tokens, kept_patches
 
 VARIANTS = {
     "vit_micro": dict(),
@@ -115,3 +117,94 @@ def test_gradients_reach_the_pixels_through_it(vit, images):
     pixels = images.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(classifier(pixels)[:, 1].sum(), pixels)
     assert gradient.isfinite().all() and gradient.abs().sum() > 0
+
+
+# Regions: CLS and the mean of each quarter, after each of the last two blocks.
+
+
+def after_blocks(vit, images):
+    """Tokens after each of the last two blocks, from timm's own blocks."""
+    tokens, outputs = vit.norm_pre(vit._pos_embed(vit.patch_embed(images))), []
+    for block in vit.blocks:
+        tokens = block(tokens)
+        outputs.append(vit.norm(tokens))
+    return outputs[-2:]
+
+
+def quarters(out, prefix, grid):
+    """Means of the quarters (B, 4·d) of output tokens, by torch's adaptive pooling."""
+    maps = out[:, prefix:].transpose(1, 2).unflatten(2, grid)  # (B, d, h, w)
+    return F.adaptive_avg_pool2d(maps, 2).flatten(2).transpose(1, 2).flatten(1)
+
+
+def test_regions_are_those_of_adaptive_pooling(vit, images):
+    grid, prefix = vit.patch_embed.grid_size, vit.num_prefix_tokens
+    parts = [(out[:, 0], quarters(out, prefix, grid)) for out in after_blocks(vit, images)]
+    found = image_features(vit, images, "regions")
+    wanted = torch.cat([part for pair in parts for part in pair], 1)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert found.shape == (3, feature_width(vit, "regions")) == (3, 10 * vit.embed_dim)
+
+
+@pytest.mark.parametrize("side", [6, 9, 3])
+def test_an_odd_grid_shares_its_middle(side):
+    vit = VisionTransformer(
+        img_size=2 * side, patch_size=2, embed_dim=8, depth=2, num_heads=2, in_chans=1, num_classes=3
+    )
+    vit = loud(vit, seed=1).requires_grad_(False)
+    images = torch.randn(2, 1, 2 * side, 2 * side, generator=torch.Generator().manual_seed(0))
+    found = image_features(vit, images, "regions")
+    for first, out in zip((0, 40), after_blocks(vit, images), strict=True):
+        wanted = quarters(out, 1, (side, side))
+        torch.testing.assert_close(found[:, first + 8 : first + 40], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_one_block_has_one_set_of_regions(images):
+    vit = VisionTransformer(
+        img_size=24, patch_size=6, embed_dim=8, depth=1, num_heads=2, in_chans=1, num_classes=3
+    ).requires_grad_(False)
+    assert image_features(vit, images, "regions").shape == (3, 40) == (3, feature_width(vit, "regions"))
+
+
+def test_a_region_without_patches_has_the_mean_of_all_that_are_shown(vit, images):
+    """The first row and the next, all in the upper half: the two lower quarters are empty."""
+    keep = torch.arange(2 * vit.patch_embed.grid_size[1]).expand(3, -1)
+    found = image_features(vit, images, "regions", keep)
+    d = vit.embed_dim
+    for first in (0, 5 * d):
+        upper, lower = found[:, first + d : first + 3 * d], found[:, first + 3 * d : first + 5 * d]
+        mean = upper.unflatten(1, (2, d)).mean(1)  # quarters of equally many patches
+        torch.testing.assert_close(lower.unflatten(1, (2, d)), mean[:, None].expand(-1, 2, -1))
+
+
+@pytest.mark.parametrize("which", ["cls", "patches", "both", "regions"])
+def test_no_feature_is_longer_than_the_bound(which, vit, images):
+    assert image_features(vit, 50 * images, which).square().sum(1).max() <= largest_feature(vit, which)
+
+
+# As a student.
+
+
+@pytest.mark.parametrize("which", ["patches", "both", "regions"])
+def test_logits_are_the_mean_of_what_patches_add(which, vit, images):
+    classifier = FeatureClassifier([vit], which, *head(4, feature_width(vit, which)))
+    logits, tokens = classifier.forward_tokens(images)
+    assert tokens.shape == (3, vit.patch_embed.num_patches, 4)
+    torch.testing.assert_close(logits, classifier(images), rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(tokens.mean(1), classifier(images), rtol=1e-3, atol=1e-2)
+
+
+def test_on_cls_alone_tokens_go_through_the_head_as_a_vits_do(vit, images):
+    if vit.global_pool != "token":
+        pytest.skip("its head reads the mean of the tokens")
+    vit.head.weight.data[:] = torch.randn(10, vit.embed_dim, generator=torch.Generator().manual_seed(2))
+    classifier = FeatureClassifier([vit], "cls", vit.head.weight.double(), vit.head.bias.double())
+    for found, wanted in zip(classifier.forward_tokens(images), forward_tokens(vit, images), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("which", ["cls", "both", "regions"])
+def test_patches_of_the_whole_image_give_the_logits_of_the_image(which, vit, images):
+    classifier = FeatureClassifier([vit], which, *head(4, feature_width(vit, which)))
+    found = class_logits(classifier, *kept_patches(vit, images))
+    torch.testing.assert_close(found, classifier(images))

@@ -33,7 +33,6 @@ SHIPPED = (
     "fedavg",
     "ncm",
     "ridge",
-    "ridge_plus",
     "lda",
     "fishermix",
     "fedavg_ridge",

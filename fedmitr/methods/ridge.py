@@ -14,7 +14,8 @@ from ._method import Method, Outcome, Range
 from ._statistics import classify, ridge_head
 
 SEARCH = {
-    "statistics.tokens": ("cls", "patches", "both"),
+    "statistics.tokens": ("cls", "patches", "both", "regions"),
+    "statistics.views": (0, 2, 4, 8),
     "statistics.ridge": Range(1e-3, 1e3, log=True),
 }
 

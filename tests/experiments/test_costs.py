@@ -59,7 +59,7 @@ def test_seconds_of_clients_are_those_of_all_that_they_compute(results, these, s
         return sum(json.loads((store / stage / key / "seconds.json").read_text()) for key in keys)
 
     trained = spent("uploads", [these.upload_key(k) for k in range(2)])
-    summed = spent("statistics", [these.statistics_key(k) for k in range(2)])
+    summed = spent("statistics", [these.statistics_key(k, these.features) for k in range(2)])
     for method in STATISTICS:
         assert results[method].seconds["clients"] == pytest.approx(summed, abs=1e-3)
     for method in INFORMED:

@@ -1,5 +1,6 @@
 """Methods on sums of features, from images to predictions, against scikit-learn on all images together."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -15,12 +16,13 @@ from sklearn.preprocessing import StandardScaler
 from tiny_runs import small
 
 import fedmitr as fm
-from fedmitr.client.statistics import feature_statistics
+from fedmitr.client.statistics import feature_statistics, view_maps
 from fedmitr.core.store import Store
 from fedmitr.data.tasks import Split
 from fedmitr.methods import METHODS
 from fedmitr.settings.schema import ModelSettings
 from fedmitr.upload import Features, ModelShape, Upload
+from fedmitr.vision.augment import warp
 from fedmitr.vision.features import image_features, largest_feature
 from fedmitr.vision.vit import create_vit, weights_digest
 
@@ -269,3 +271,36 @@ def test_a_single_class_is_always_predicted(vit, fresh, tmp_path):
         model = model_of(method, [upload_of(0, vit, shard)], options(), Store(tmp_path))
         found = model(fresh.images)
         assert found.isfinite().all() and set(found.argmax(1).tolist()) == {4}, method
+
+
+# Regions and moved copies.
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_ridge_on_regions_of_images_and_their_copies_is_scikit_learns(
+    views, vit, everything, fresh, tmp_path
+):
+    """An image and its copies weigh as one together: sample weights of 1 / (1 + views)."""
+    run_settings = options("regions", statistics__views=views, statistics__ridge=2.0)
+    features = Features(
+        shape=ModelShape.of("vit_micro", vit), weights=weights_digest(MODEL), tokens="regions", views=views
+    )
+    sent = []
+    for k in range(4):
+        shard = everything.subset(torch.arange(k, IMAGES, 4))
+        sums = feature_statistics([vit], shard, "regions", views)
+        sent.append(Upload(k, len(shard), features.shape, None).with_statistics(sums, features))
+    model = model_of("ridge", sent, run_settings, Store(tmp_path))
+
+    exact = copy.deepcopy(vit).double().requires_grad_(False)
+    images = everything.images.double()
+    shown = [images, *(warp(images, m.expand(IMAGES, -1, -1)) for m in view_maps(views))]
+    f = torch.cat([image_features(exact, x, "regions") for x in shown]).numpy()
+    y = np.eye(10)[np.tile(everything.labels.numpy(), len(shown))]
+    weight = np.full(len(f), 1 / len(shown))
+    scaler = StandardScaler().fit(f, sample_weight=weight)
+    wanted = Ridge(alpha=2.0).fit(scaler.transform(f), y, sample_weight=weight)
+    f = image_features(exact, fresh.images.double(), "regions").numpy()
+    with torch.no_grad():
+        found = model(fresh.images).numpy()
+    np.testing.assert_allclose(found[:, :9], wanted.predict(scaler.transform(f))[:, :9], rtol=1e-3, atol=2e-3)

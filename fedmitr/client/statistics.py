@@ -34,11 +34,12 @@ def feature_statistics(
     """
     if not len(shard):
         raise BadInput("statistics of 0 images: a client needs at least 1 image")
+    maps = view_maps(views)
     frozen = [copy.deepcopy(vit).to(device()).double().eval() for vit in vits]
 
     def of(rows: Tensor) -> Statistics:
         images = shard.images[rows].to(device()).double()  # (B, ch, H, W)
-        shown = [images, *(warp(images, m.expand(len(images), -1, -1)) for m in view_maps(views))]
+        shown = [images, *(warp(images, m.expand(len(images), -1, -1)) for m in maps)]
         return mean_over_views([summed(view, shard.labels[rows]) for view in shown])
 
     def summed(images: Tensor, labels: Tensor) -> Statistics:
@@ -58,8 +59,6 @@ def view_maps(views: int) -> Tensor:
 
 def mean_over_views(parts: Sequence[Statistics]) -> Statistics:
     """Average sums of the same images, once for each view; every image counts once."""
-    if len(parts) == 1:
-        return parts[0]
     total = add_up(parts)
     return Statistics(parts[0].counts, total.sums / len(parts), total.gram / len(parts))
 

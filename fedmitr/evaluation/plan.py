@@ -180,7 +180,9 @@ def _clients(method: Method, settings: Settings, student: ModelCosts, team: Team
         sent += count * 2 * FLOAT * (width * (width + 1) // 2 + (width + 1) * student.classes)
         sent += count * sum(c.model_bytes for c in models) if method.given == "clients" else 0
     who = "one client" if alone else f"{count} clients"
-    passes = f", {own.epochs} epochs" if method.needs_weights else ", one pass"
+    views = method.adapted(settings).statistics.views
+    once = f", {1 + views} passes" if views else ", one pass"
+    passes = f", {own.epochs} epochs" if method.needs_weights else once
     return Stage(
         "central" if alone else "clients",
         f"{who}, {images:,} images in all{passes}",

@@ -198,10 +198,10 @@ class Method:
         return self.needs_counts or (self.needs_weights and self.adapted(settings).uses_counts)
 
     def needs_statistics_under(self, settings: Settings) -> bool:
-        """Whether clients send sums of features under these settings; `ensemble.anchor` asks them to, too."""
-        needs = self.needs_statistics
+        """Whether clients send sums of features; for a method that distils also with `ensemble.anchor`."""
+        needs, settings = self.needs_statistics, self.adapted(settings)
         own = bool(dotted(settings, needs)) if isinstance(needs, str) else needs
-        return own or (self.distils and self.needs_weights and self.adapted(settings).ensemble.anchor)
+        return own or (self.distils and self.needs_weights and settings.ensemble.anchor)
 
     def sent_under(self, settings: Settings) -> list[str]:
         """List what clients send under these settings: weights, class histogram, statistics."""
@@ -313,8 +313,14 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def check_methods(names: Iterable[str], settings: Settings) -> None:
-    """Raise BadInput for an unknown method, and for one that needs one architecture where clients differ."""
+    """Raise BadInput for an unknown method, and for one that cannot run under these settings.
+
+    Some need one architecture where clients differ; some read settings otherwise (`adapt`), and those must
+    fit, too.
+    """
     methods = [find(name) for name in names]
+    for method in methods:
+        method.adapted(settings)  # BadInput where its own reading of the settings cannot work
     if not settings.mixed:
         return
     differ = f"client.models={list(settings.client.models)} differ from model.name={settings.model.name!r}"

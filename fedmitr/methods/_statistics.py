@@ -16,9 +16,13 @@ from ..settings.schema import FeatureTokens
 from ..upload import ModelShape, Statistics, Upload, wire_bytes
 from ..vision.features import FeatureClassifier, feature_width, largest_feature
 from ..vision.vit import weights_digest
-from ._method import Outcome
+from ._method import Outcome, Search
 from ._start import initial_model
 
+SUMS: Search = {  # what tuning may try for the sums, the same for every method that solves for a head
+    "statistics.tokens": ("cls", "patches", "both", "regions"),
+    "statistics.views": (0, 2, 4, 8),
+}
 Model = tuple[ModelShape, dict[str, Tensor]]  # a model in a message: its shape and its weights
 
 

@@ -11,7 +11,6 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from ..core.errors import BadInput
 from ..core.machine import device
 from ..core.progress import timed
 from ..core.rng import make_rng
@@ -70,10 +69,6 @@ def student_start(uploads: Sequence[Upload], settings: Settings) -> VisionTransf
     the clients' statistics. The last one's logits are β·r(x), what ridge scores are in the teacher.
     """
     if settings.distill.start == "statistics":
-        if not settings.ensemble.anchor:
-            raise BadInput(
-                "distill.start='statistics' needs sums of the clients: allowed with ensemble.anchor=true"
-            )
         student = ridge_classifier(uploads, settings)
         for parameter in student.head.parameters():
             parameter.mul_(settings.statistics.weight)

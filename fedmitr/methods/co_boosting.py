@@ -91,7 +91,7 @@ def _begin(
     def boost(index: int) -> None:
         nonlocal weights
         rate = own.weight_step * own.weight_decay**index
-        weights = reweigh(weights, student.unchanged_views()[:3], rate, batch_size, rng)
+        weights = reweigh(weights, student.unchanged_views(), rate, batch_size, rng)
         teacher.weights = shares(weights)
 
     return Generation(make, before_learning=boost)
@@ -138,8 +138,11 @@ def perturb(ensemble: Ensemble, images: Tensor, settings: CoBoostingSettings, rn
 
 
 def reweigh(weights: Tensor, pool: Batch, rate: float, batch_size: int, rng: torch.Generator) -> Tensor:
-    """Return w after one signed step for each batch of the pool: views, labels (V,), logits (V, K, C)."""
-    _, labels, logits = pool
+    """Return w after one signed step for each batch of the pool: views, labels (V,), logits (V, K, C).
+
+    Ridge scores, where the pool has them, are not read: the weights are those of the ensemble alone.
+    """
+    _, labels, logits, *_ = pool
     for pick in epochs(len(labels), batch_size, rng, times=1) if rate else ():
         weights = weight_step(weights, logits[pick].transpose(0, 1), labels[pick], rate)
     return weights

@@ -10,7 +10,10 @@
 - Half-soft survivors: a surviving patch's label is half the image's label and half the ensemble's own.
 - Statistics: clients also send sums of features of the shared model. The teacher becomes log A(x) + β·r(x);
   r, the scores of ridge regression, are those of all images in one place (ridge.py). They say how clients
-  compare, which no fit without data could.
+  compare, which no fit without data could. Three more switches belong to it, off by default. Regions: the
+  sums are of CLS and the mean of each quarter of the image, after each of the last two blocks. Views: moved
+  copies of each image count in the sums. Closed form: the student starts as the shared model with the head of
+  ridge regression.
 """
 
 from collections.abc import Sequence
@@ -43,23 +46,17 @@ class FedmitrPlusSettings(SettingsBlock):
     half_soft: Share = setting(0.5, "share of the soft label in the label of a surviving patch")
 
 
-def sums_of_plus(settings: Settings) -> dict[str, Any]:
-    """Return what the sums of FedMITR+'s clients are of, by the dotted names of all methods' settings."""
-    own, on = settings.fedmitr_plus, dict[str, Any]()
-    if own.regions:
-        on["statistics.tokens"] = "regions"
-    if own.views:
-        on["statistics.views"] = own.views
-    return on
-
-
 def with_additions(settings: Settings) -> Settings:
     """Return the settings under which FedMITR's functions run: those of the run, and what is switched on."""
-    own, on = settings.fedmitr_plus, sums_of_plus(settings)
+    own, on = settings.fedmitr_plus, dict[str, Any]()
     if own.statistics:
         on["ensemble.anchor"] = True
         if own.closed_form:
             on |= {"distill.start": "statistics", "distill.lr": own.student_lr}
+    if own.regions:
+        on["statistics.tokens"] = "regions"
+    if own.views:
+        on["statistics.views"] = own.views
     if own.owners:
         on["inversion.teacher"] = "owners"
     if own.class_weights:
@@ -91,6 +88,10 @@ METHOD = Method(
     search={
         **{name: values for name, values in SEARCH.items() if name != "ensemble.mode"},
         "statistics.weight": Range(1.0, 30.0, log=True),
+        "fedmitr_plus.regions": (False, True),
+        "fedmitr_plus.views": (0, 2, 4, 8),
+        "fedmitr_plus.closed_form": (False, True),
+        "fedmitr_plus.student_lr": Range(1e-5, 1e-3, log=True),
         "fedmitr_plus.affine": (0.0, 0.35, 0.7, 1.0),
         "fedmitr_plus.textures": (False, True),
         "fedmitr_plus.offsets": (0.0, 0.005, 0.02, 0.1),
@@ -99,5 +100,4 @@ METHOD = Method(
     },
     adapt=with_additions,
     work=fedmitr_work,
-    needs_statistics="fedmitr_plus.statistics",
 )

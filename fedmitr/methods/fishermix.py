@@ -26,7 +26,7 @@ from ..settings import Settings, SettingsBlock
 from ..settings.schema import Count, NotNegative, Positive, setting
 from ..upload import Statistics, Upload
 from ._method import Method, Outcome, Range
-from ._statistics import classify
+from ._statistics import SUMS, classify
 
 CODE = "GH-OFL's code"
 
@@ -85,7 +85,7 @@ METHOD = Method(
     citation="GH-OFL: Turazza et al., ICLR 2026",
     settings=FishermixSettings,
     search={
-        "statistics.tokens": ("cls", "patches", "both"),
+        **SUMS,
         "fishermix.shrinkage": Range(1e-4, 0.5, log=True),
         "fishermix.spread": Range(0.5, 2.0, log=True),
         "fishermix.lr": Range(1e-4, 1e-1, log=True),

@@ -13,7 +13,7 @@ from ..settings import Settings, SettingsBlock
 from ..settings.schema import setting
 from ..upload import Upload
 from ._method import Method, Outcome, Range
-from ._statistics import classify
+from ._statistics import SUMS, classify
 
 
 class LdaSettings(SettingsBlock):
@@ -37,7 +37,7 @@ METHOD = Method(
     citation="FedCGS: Guan et al., AAAI 2025; GH-OFL: Turazza et al., ICLR 2026",
     settings=LdaSettings,
     search={
-        "statistics.tokens": ("cls", "patches", "both"),
+        **SUMS,
         "lda.shrinkage": Range(1e-4, 0.5, log=True),
     },
     needs_weights=False,

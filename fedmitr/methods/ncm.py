@@ -12,7 +12,7 @@ from ..server import statistics
 from ..settings import Settings
 from ..upload import Upload
 from ._method import Method, Outcome
-from ._statistics import classify
+from ._statistics import SUMS, classify
 
 
 def ncm(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
@@ -26,7 +26,7 @@ METHOD = Method(
     label="NCM",
     family="statistics",
     citation="FedNCM: Legate et al., NeurIPS 2023",
-    search={"statistics.tokens": ("cls", "patches", "both")},
+    search=SUMS,
     needs_weights=False,
     needs_statistics=True,
 )

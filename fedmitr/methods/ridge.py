@@ -11,11 +11,10 @@ from ..core.store import Store
 from ..settings import Settings
 from ..upload import Upload
 from ._method import Method, Outcome, Range
-from ._statistics import classify, ridge_head
+from ._statistics import SUMS, classify, ridge_head
 
 SEARCH = {
-    "statistics.tokens": ("cls", "patches", "both", "regions"),
-    "statistics.views": (0, 2, 4, 8),
+    **SUMS,
     "statistics.ridge": Range(1e-3, 1e3, log=True),
 }
 

@@ -54,7 +54,7 @@ def substitute(name: str, run, **more) -> Method:
         citation="",
         adapt=with_additions,
         work=lambda settings: Work(images=settings.inversion.images, student_steps=settings.distill.steps),
-        needs_statistics="fedmitr_plus.statistics",
+        needs_statistics="ensemble.anchor",
         **more,
     )
 

@@ -63,6 +63,10 @@ class Settings(SettingsBlock):
 
     @model_validator(mode="after")
     def _starts(self):
+        if self.distill.start == "statistics" and not self.ensemble.anchor:
+            raise ValueError(
+                "distill.start='statistics' needs sums of features: allowed with ensemble.anchor=true"
+            )
         if self.distill.start == "statistics" and self.relabel.head == "own":
             raise ValueError(
                 "distill.start='statistics' has no token head of its own: allowed is relabel.head='shared'"

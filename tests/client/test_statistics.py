@@ -125,7 +125,8 @@ def test_an_image_counts_once_as_the_mean_over_its_moved_copies(vit, shard):
 
 def test_moves_are_small_all_different_and_the_same_for_everyone():
     maps = module.view_maps(8)
-    assert torch.equal(maps, module.view_maps(8)) and torch.equal(maps[:5], module.view_maps(8)[:5])
+    torch.manual_seed(1)  # nothing else that is random moves them
+    assert torch.equal(maps, module.view_maps(8))
     assert len({tuple(m.flatten().tolist()) for m in maps}) == 8
     assert (maps[:, :, :2] - torch.eye(2)).abs().max() < 0.4 and maps[:, :, 2].abs().max() < 0.3
     assert not len(module.view_maps(0))

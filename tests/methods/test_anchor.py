@@ -7,7 +7,7 @@ from tiny_runs import given, run, small, tiny
 
 import fedmitr as fm
 from fedmitr.core.store import Store
-from fedmitr.methods import METHODS
+from fedmitr.methods import METHODS, check_methods
 from fedmitr.methods._statistics import ridge_classifier
 from fedmitr.methods._student import Student, student_start
 from fedmitr.vision.features import FeatureClassifier
@@ -41,6 +41,16 @@ def test_with_it_clients_of_every_method_that_distils_send_sums(method):
     assert "statistics" not in record.sent_under(off)
 
 
+@pytest.mark.parametrize("method", ["textures", "real_images"])
+def test_references_of_the_student_have_the_teacher_of_the_run(method, pair, tmp_path):
+    """`fedmitr_plus.statistics` is off; the run itself asks for the anchor."""
+    settings = tiny().changed(ANCHORED | {"fedmitr_plus.statistics": False})
+    assert "statistics" in METHODS[method].sent_under(settings)
+    plain = run(method, pair, settings.changed({"ensemble.anchor": False}), Store(tmp_path)).models[0]
+    anchored = run(method, pair, settings, Store(tmp_path)).models[0]
+    assert not torch.equal(anchored.head.weight, plain.head.weight)
+
+
 @pytest.mark.parametrize("method", WITHOUT)
 def test_others_send_what_they_did(method):
     record, settings = METHODS[method], tiny()
@@ -64,15 +74,14 @@ def test_what_a_student_learns_is_its_teacher_times_the_ridge_scores(views, info
 
 
 @pytest.mark.parametrize("method", ["fedmitr", "dense", "fadi", "fdafl", "co_boosting", "fedftg"])
-def test_it_changes_the_model_of_every_method_and_is_kept_in_the_store(method, pair, tmp_path):
+def test_it_changes_the_model_of_every_method_and_so_does_its_weight(method, pair, tmp_path):
     store, settings = Store(tmp_path), tiny()
     plain = run(method, pair, settings, store).models[0].state_dict()
     anchored = settings.changed(ANCHORED)
     model = run(method, pair, anchored, store).models[0].state_dict()
-    again = run(method, pair, anchored, store).models[0].state_dict()
     other = run(method, pair, anchored.changed({"statistics.weight": 1.0}), store).models[0].state_dict()
     name = "head.weight"
-    assert not torch.equal(model[name], plain[name]) and torch.equal(model[name], again[name])
+    assert not torch.equal(model[name], plain[name])
     assert not torch.equal(model[name], other[name])
 
 
@@ -87,7 +96,7 @@ def test_the_start_from_statistics_has_the_logits_of_ridge_times_beta(weight, in
 @pytest.mark.parametrize("tokens", ["cls", "both", "regions"])
 @pytest.mark.parametrize("method", ["fedmitr", "dense", "fadi", "fdafl", "co_boosting", "fedftg"])
 def test_a_student_of_statistics_learns_in_all_its_parts_and_comes_back_from_the_store(
-    method, tokens, pair, pixels, tmp_path
+    method, tokens, pair, pixels, tmp_path, monkeypatch
 ):
     change = ANCHORED | {"distill.start": "statistics", "statistics.tokens": tokens}
     settings, store = tiny().changed(change), Store(tmp_path)
@@ -95,6 +104,8 @@ def test_a_student_of_statistics_learns_in_all_its_parts_and_comes_back_from_the
     model = run(method, pair, settings, store).models[0]
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, start[name])}
     assert {"head.weight", "vits.0.blocks.0.attn.qkv.weight", "vits.0.norm.weight"} <= moved
+    for place in ("fedmitr.methods._student.train_student", "fedmitr.server.distill.train_student"):
+        monkeypatch.setattr(place, lambda *_, **__: pytest.fail("trained anew"))
     again = run(method, pair, settings, store).models[0]
     state = model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
@@ -104,12 +115,18 @@ def test_a_student_of_statistics_learns_in_all_its_parts_and_comes_back_from_the
 
 def test_a_token_head_of_its_own_is_refused_with_the_start_from_statistics(one_line):
     with pytest.raises(fm.BadInput) as error:
-        small({"distill.start": "statistics", "relabel.head": "own"})
+        small(ANCHORED | {"distill.start": "statistics", "relabel.head": "own"})
     one_line(error.value, "distill.start", "relabel.head", "shared")
 
 
-@pytest.mark.parametrize("method", ["fedmitr", "dense"])
-def test_without_sums_the_start_from_statistics_is_refused(method, pair, tmp_path, one_line):
+def test_without_sums_the_start_from_statistics_is_refused(one_line):
     with pytest.raises(fm.BadInput) as error:
-        run(method, pair, tiny().changed({"distill.start": "statistics"}), Store(tmp_path))
-    one_line(error.value, "ensemble.anchor")
+        small({"distill.start": "statistics"})
+    one_line(error.value, "distill.start", "ensemble.anchor=true")
+
+
+def test_a_switch_that_does_not_fit_the_run_is_refused_before_any_work(one_line):
+    settings = tiny().changed({"fedmitr_plus.closed_form": True, "relabel.head": "own"})
+    with pytest.raises(fm.BadInput) as error:
+        check_methods(["ridge", "fedmitr_plus"], settings)
+    one_line(error.value, "distill.start", "relabel.head")

@@ -231,7 +231,7 @@ def test_statistics_of_another_architecture_under_the_shared_digest_are_one_line
 
 @settings(deadline=None, max_examples=20)
 @given(scale=st.floats(1e-3, 1e3), shift=st.floats(-3, 3), seed=st.integers(0, 99))
-@pytest.mark.parametrize("tokens", ["cls", "patches", "both"])
+@pytest.mark.parametrize("tokens", ["cls", "patches", "both", "regions"])
 def test_no_image_has_longer_features_than_the_bound(tokens, vit, scale, shift, seed):
     images = scale * torch.randn(8, 1, 12, 12, generator=torch.Generator().manual_seed(seed)) + shift
     found = image_features(vit, images, tokens).square().sum(1)

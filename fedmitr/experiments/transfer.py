@@ -2,10 +2,12 @@
 
     python -m fedmitr.experiments.transfer
 
-writes results/transfer.csv: the accuracy of every number of pretraining steps, method and seed. The same
-clients start from a ViT-Micro that saw letters for fewer and fewer steps, down to none, so that its features
-transfer less and less. It is a study of the ground, not of who wins: seeds are those of tuning, and images
-those of validation.
+writes results/transfer.csv: the accuracy of every number of pretraining steps, method and seed. Other lengths
+and settings, to try on the same images: --lengths and --set, which print the means alone.
+
+The same clients start from a ViT-Micro that saw letters for fewer and fewer steps, down to none, so that its
+features transfer less and less. It is a study of the ground, not of who wins: seeds are those of tuning, and
+images those of validation.
 
 The starts that ship are taken as they are; the others are pretrained once and kept in the store, as every
 accuracy is, so that the same command goes on where it was stopped.
@@ -28,7 +30,7 @@ from ..core.progress import progress
 from ..core.store import Store, check_output, fingerprint, write_csv, write_json, write_tensors
 from ..data.letters import LETTERS
 from ..evaluation.metrics import accuracy
-from ..settings import Settings
+from ..settings import Settings, parse_assignment
 from ..vision.vit import MICROS, VIT_MICRO, create_vit, weights_digest
 from .compare import parse_seeds
 from .pretrain import BATCH, LR, SEED, STEPS, pretrain
@@ -123,22 +125,43 @@ def _accuracy(experiment: Experiment, method: str) -> float:
     )
 
 
+def parse_lengths(text: str) -> list[int]:
+    """Return the numbers of `400,3600`; BadInput for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise BadInput(f"lengths={text!r} cannot be read: allowed are steps such as 400,3600")
+    return list(dict.fromkeys(map(int, parts)))
+
+
 @click.command()
 @click.option("--methods", default=",".join(METHODS), show_default=True, help="Comma-separated.")
+@click.option("--lengths", help=f"Pretraining steps; default {','.join(map(str, LENGTHS))}.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable.")
 @click.option("--seeds", default="0-4", show_default=True, help="Such as 0-4 or 1,3,5.")
 @click.option("--profile", default="laptop", show_default=True)
 @click.option("--store", type=click.Path(path_type=Path), help="Folder of artefacts; default data/store.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    default=home() / "results" / "transfer.csv",
-    help="CSV with one row per run; default results/transfer.csv.",
+    help="CSV with one row per run; default results/transfer.csv, or none with --lengths or --set.",
 )
-def main(methods: str, seeds: str, profile: str, store: Path | None, out: Path) -> None:
+def main(
+    methods: str,
+    lengths: str | None,
+    assignments: Sequence[str],
+    seeds: str,
+    profile: str,
+    store: Path | None,
+    out: Path | None,
+) -> None:
     """Measure how much the pretraining of the shared model decides, and write a row for each run."""
     chosen = [name.strip() for name in methods.split(",")]
+    if not (out or lengths or assignments):
+        out = home() / "results" / "transfer.csv"
     try:
-        table = transfer(Settings.load(profile), LENGTHS, chosen, parse_seeds(seeds), store, out)
+        steps = parse_lengths(lengths) if lengths else LENGTHS
+        settings = Settings.load(profile, dict(map(parse_assignment, assignments)))
+        table = transfer(settings, steps, chosen, parse_seeds(seeds), store, out)
     except BadInput as error:
         raise click.ClickException(str(error)) from None
     means = table.pivot_table(index="method", columns="steps", values="accuracy", sort=False)

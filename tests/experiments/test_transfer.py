@@ -92,6 +92,32 @@ def test_what_cannot_work_is_one_line_before_any_work(forbid, tmp_path, one_line
     with pytest.raises(BadInput) as error:
         transfer(small_settings(), LENGTHS, ("central", "fedprox"), SEEDS, tmp_path)
     one_line(error.value, "method='fedprox'")
-    done = CliRunner().invoke(module.main, ["--seeds", "a-b", "--store", str(tmp_path)])
-    assert done.exit_code == 1 and done.stdout == ""
-    assert "seeds='a-b'" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    for words, told in (
+        (["--seeds", "a-b"], "seeds='a-b'"),
+        (["--lengths", "400,x"], "lengths='400,x'"),
+        (["--lengths", "-1"], "lengths='-1'"),
+        (["--set", "ensemble.anker=true"], "'ensemble.anker' is unknown"),
+        (["--set", "distill.start=statistics"], "ensemble.anchor=true"),
+    ):
+        done = CliRunner().invoke(module.main, [*words, "--store", str(tmp_path)])
+        assert done.exit_code == 1 and done.stdout == ""
+        assert told in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_chosen_lengths_and_settings_are_printed_and_leave_the_stored_table(monkeypatch, tmp_path):
+    asked = []
+
+    def note(settings, lengths, methods, seeds, store, out):
+        asked.append((settings.statistics.views, list(lengths), list(methods), list(seeds), out))
+        return pd.DataFrame([(2, 0, "ridge", 0.5)], columns=list(module.COLUMNS))
+
+    monkeypatch.setattr(module, "transfer", note)
+    words = ["--lengths", "2", "--methods", "ridge", "--seeds", "0", "--set", "statistics.views=3"]
+    done = CliRunner().invoke(module.main, words)
+    assert done.exit_code == 0 and "0.500" in done.stdout
+    file = tmp_path / "a.csv"
+    assert CliRunner().invoke(module.main, [*words, "--out", str(file)]).exit_code == 0
+    assert CliRunner().invoke(module.main, ["--seeds", "0"]).exit_code == 0
+    stored = module.home() / "results" / "transfer.csv"
+    assert [one[-1] for one in asked] == [None, file, stored]
+    assert asked[0][:4] == (3, [2], ["ridge"], [0]) and asked[2][:2] == (0, list(module.LENGTHS))

@@ -28,8 +28,8 @@ def feature_statistics(
     """Sum the features of a shard's images under frozen ViTs, side by side where there are several.
 
     Nothing is trained. Models and sums are float64, so that sums of clients agree with those of all images
-    to 1e-9 however images are batched. With `views` an image counts as the mean over itself and so many moved
-    copies (`view_maps`): of f in the sums, of f fᵀ in the Gram matrix. Raises BadInput for a shard without
+    to 1e-9 however images are batched. With `views`, f and f fᵀ are averaged over the image and so many moved
+    copies (`view_maps`) before they are added; counts do not change. Raises BadInput for a shard without
     images.
     """
     if not len(shard):
@@ -52,7 +52,7 @@ def feature_statistics(
 def view_maps(views: int) -> Tensor:
     """Return the affine maps (views, 2, 3) of the moved copies: one list for all images of all clients.
 
-    So sums over clients are still those of all images in one place. Clients draw such maps in training, too.
+    So sums over clients are still those of all images in one place. Training draws moves of its own.
     """
     return random_maps(views, VIEW_STRENGTH, make_rng(0, "views of statistics"))
 

@@ -9,11 +9,13 @@
 - Label cross-entropy: the label that an image was made for enters the student's loss.
 - Half-soft survivors: a surviving patch's label is half the image's label and half the ensemble's own.
 - Statistics: clients also send sums of features of the shared model. The teacher becomes log A(x) + β·r(x);
-  r, the scores of ridge regression, are those of all images in one place (ridge.py). They say how clients
-  compare, which no fit without data could. Three more switches belong to it, off by default. Regions: the
-  sums are of CLS and the mean of each quarter of the image, after each of the last two blocks. Views: moved
-  copies of each image count in the sums. Closed form: the student starts as the shared model with the head of
-  ridge regression.
+  r, the scores of ridge regression, are those of all images in one place (ridge.py). They put all
+  classes on one scale, which clients that trained apart do not. Labels of patch tokens stay the ensemble's.
+
+Three more switches, off by default, are about these sums. Regions: they are of CLS and the mean of each
+quarter of the image, after each of the last two blocks. Views: they are averaged over each image and moved
+copies of it. Closed form: the student starts as the shared model with β times ridge's head; without the sums
+it has no effect.
 """
 
 from collections.abc import Sequence

@@ -143,12 +143,13 @@ class StatisticsSettings(SettingsBlock):
     tokens: FeatureTokens = setting(
         "both",
         "features of an image: CLS, the mean of the patches, or both, after the last block; regions: CLS and "
-        "the mean of each quarter of the image, after each of the last two blocks",
+        "the mean of each quarter of the image, after each of the last two blocks; all under the last norm",
         "choice",
     )
     views: int = setting(
         0,
-        "moved copies of each image that count beside it, the same moves for every image of every client",
+        "moved copies of each image: what it adds to the sums is the mean over it and them, so that it still "
+        "counts once; the same moves for all images of all clients",
         ge=0,
         le=100,
     )
@@ -170,8 +171,8 @@ class EnsembleSettings(SettingsBlock):
     )
     anchor: bool = setting(
         False,
-        "clients send sums of features too, and ridge scores from them join the teacher's labels; for every "
-        "method that distils",
+        "clients also send sums of features, and β times the ridge scores is added to the teacher's "
+        "log-probabilities of whole images (not of patches, not in inversion); for every method that distils",
     )
     precision: Precision = precision_of("the teacher, for inversion and for labels")
 
@@ -277,8 +278,8 @@ class DistillSettings(SettingsBlock):
     weight_decay: NotNegative = setting(0.05, "weight decay of AdamW", "DeiT")
     start: Literal["average", "initial", "statistics"] = setting(
         "average",
-        "what the student starts from: the uploads' average, the initial model, or the initial model with "
-        "the head of ridge regression, which reads the features of the statistics; needs ensemble.anchor",
+        "what the student starts from: the uploads' average, the initial model, or the initial model with β "
+        "times the head of ridge regression on the features that clients sum; needs ensemble.anchor",
         "choice",
     )
     train: Literal["all", "head"] = setting(

@@ -35,8 +35,9 @@ def image_features(
 ) -> Tensor:
     """Compute features (B, D) of images (B, ch, H, W): means of output tokens, side by side.
 
-    tokens: "cls", CLS; "patches", the mean of the patches; "both" of them, all after the last block and the
-    norm; "regions": CLS and the mean of each quarter of the image, after each of the last two blocks.
+    tokens: "cls", CLS; "patches", the mean of the patches; "both" of them, all after the last block;
+    "regions": CLS and the mean of each quarter of the image, after each of the last two blocks. All go
+    through the norm.
     keep (B, M): the patches that are shown, by default all. A region without any has the mean of all shown.
     """
     return features_of_patches(vit, *kept_patches(vit, images, keep), tokens)
@@ -153,10 +154,12 @@ class FeatureClassifier(nn.Module):
     def forward_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits (B, C) of images, and of every patch token (B, N, C); for one ViT.
 
-        Features are means of tokens, so that logits are means of what each patch adds to them. A patch's
-        logits are its part of that mean, and the logits of the image are the mean of those of its patches:
-        z^i = b + W_cls f_cls + N Σ_g s_gi W_g f_i, s_gi the share of patch i in the mean of region g. With
-        "cls", which reads no patch, z^i is the head on the patch's token.
+        Except with "cls", the logits of the image are the mean over its N patches of
+
+            z^i = b + Σ_blocks (W_cls f_cls + N Σ_g s_gi W_g f_i),
+
+        s_gi the share of patch i in the mean of region g; "patches" and "both" have one block and one region,
+        "patches" no W_cls. With "cls" no patch is read: z^i is the head on the patch's token.
         """
         (vit,) = self.vits
         patches, positions = kept_patches(vit, images)

@@ -37,7 +37,16 @@ from .pretrain import BATCH, LR, SEED, STEPS, pretrain
 from .run import Experiment
 
 LENGTHS = (0, 100, 200, 400, 1000, 3600)  # pretraining steps
-METHODS = ("ridge", "ensemble", "ensemble_statistics", "fedavg", "fedmitr", "fedmitr_plus", "central")
+METHODS = (
+    "ridge",
+    "ridge_plus",
+    "ensemble",
+    "ensemble_statistics",
+    "fedavg",
+    "fedmitr",
+    "fedmitr_plus",
+    "central",
+)
 COLUMNS = ("steps", "seed", "method", "accuracy")
 # The models that ship in this shape, by their number of steps.
 SHIPPED = {STEPS[name]: name for name, shape in MICROS.items() if shape == VIT_MICRO}

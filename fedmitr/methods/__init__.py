@@ -33,6 +33,7 @@ SHIPPED = (
     "fedavg",
     "ncm",
     "ridge",
+    "ridge_plus",
     "lda",
     "fishermix",
     "fedavg_ridge",

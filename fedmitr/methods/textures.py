@@ -18,7 +18,7 @@ from ..upload import Upload
 from ._method import Method, Outcome, Work, find
 from ._student import student_start, whole_images
 from .fedmitr import build_teacher
-from .fedmitr_plus import with_additions
+from .fedmitr_plus import towards_start, with_additions
 
 
 def textures(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
@@ -42,7 +42,7 @@ def distil_on(method: str, images: SyntheticSet, uploads: Sequence[Upload], sett
     with timed(seconds, "distillation"), progress(own.distill.steps, find(method).label, "step") as bar:
         student, teacher = student_start(uploads, own), build_teacher(uploads, own)
         distill(student, teacher, images, own.distill, own.relabel, own.seed, progress=bar.update)
-    return Outcome([student], seconds, images, own.distill.steps)
+    return towards_start(Outcome([student], seconds, images, own.distill.steps), uploads, own)
 
 
 def substitute(name: str, run, **more) -> Method:

@@ -16,12 +16,14 @@ from fedmitr.methods import METHODS
 
 FEDMITRS = ("fedmitr", "fedmitr_plus")
 DISTILLED = (*FEDMITRS, "fadi", *GENERATORS)
-STATISTICS = ("ncm", "ridge", "lda", "fishermix")  # sent alone
+STATISTICS = ("ncm", "ridge", "ridge_plus", "lda", "fishermix")  # sent alone
 TWICE = ("fedavg_ridge", "stacking")
 INFORMED = ("fedmitr_plus", "ensemble_statistics", "textures", "real_images")  # weights and statistics
 COUNTED = ("fedftg", "calibrated_ensemble", *INFORMED)
+REGIONS = ("ridge_plus", *INFORMED)  # their sums are of regions and views; other methods' of both tokens
 CENTRAL = ("central", "central_ridge")
 SUMS = 8 * (10 + 10 * 192 + 192 * 193 // 2)  # counts, sums and half a Gram matrix of both tokens, float64
+SUMS_PLUS = 8 * (10 + 10 * 960 + 960 * 961 // 2)  # of CLS and four regions after each of two blocks
 
 STAGES = {method: {"inversion", "distillation"} for method in (*FEDMITRS, "fadi")}
 STAGES |= {method: {"generation", "distillation"} for method in GENERATORS}
@@ -52,6 +54,11 @@ def test_references_are_reported_where_clients_train(results):
             assert len(result.local_accuracies) == 2
 
 
+def features_of(these, method):
+    """What a method's sums are of."""
+    return these.features_of(METHODS[method].adapted(these.settings))
+
+
 def test_seconds_of_clients_are_those_of_all_that_they_compute(results, these, store):
     """As measured when it was made: training, the sums of their features, or both."""
 
@@ -59,11 +66,14 @@ def test_seconds_of_clients_are_those_of_all_that_they_compute(results, these, s
         return sum(json.loads((store / stage / key / "seconds.json").read_text()) for key in keys)
 
     trained = spent("uploads", [these.upload_key(k) for k in range(2)])
-    summed = spent("statistics", [these.statistics_key(k, these.features) for k in range(2)])
+    features = {method: features_of(these, method) for method in (*STATISTICS, *INFORMED)}
+    summed = {
+        m: spent("statistics", [these.statistics_key(k, f) for k in range(2)]) for m, f in features.items()
+    }
     for method in STATISTICS:
-        assert results[method].seconds["clients"] == pytest.approx(summed, abs=1e-3)
+        assert results[method].seconds["clients"] == pytest.approx(summed[method], abs=1e-3)
     for method in INFORMED:
-        assert results[method].seconds["clients"] == pytest.approx(trained + summed, abs=1e-3)
+        assert results[method].seconds["clients"] == pytest.approx(trained + summed[method], abs=1e-3)
     for method in ("fedavg", "fedmitr", "calibrated_ensemble"):
         assert results[method].seconds["clients"] == pytest.approx(trained, abs=1e-3)
     for method in TWICE:  # and the second exchange's sums
@@ -99,9 +109,12 @@ def test_bytes_up_are_those_of_the_files_that_clients_send(results, these, tmp_p
     trained = [these.store.root / "uploads" / these.upload_key(k) for k in range(2)]
     weights = sum((folder / "weights.safetensors").stat().st_size for folder in trained)
     shape = {"name": "vit_micro", "num_classes": 10, "image_size": 12, "in_chans": 1}
-    source = {"shape": shape, "weights": "vit_micro, pretrained=False", "tokens": "both"}
-    sums = size_of(these.statistics[0].to_arrays(), tmp_path)
-    assert SUMS < sums < SUMS + 400
+    plain = {"shape": shape, "weights": "vit_micro, pretrained=False", "tokens": "both"}
+    regions = plain | {"tokens": "regions", "views": 8}
+    lengths = {}
+    for method, values in {"ridge": SUMS, "ridge_plus": SUMS_PLUS}.items():
+        lengths[method] = size_of(these.statistics_of(features_of(these, method))[0].to_arrays(), tmp_path)
+        assert values < lengths[method] < values + 400
 
     def cards(**sent):
         """Bytes of both clients' cards, which JSON text without spaces is."""
@@ -116,6 +129,9 @@ def test_bytes_up_are_those_of_the_files_that_clients_send(results, these, tmp_p
 
     wide = {"fedavg_ridge": 192, "stacking": 2 * 192}
     for method, result in results.items():
+        source, sums = (plain, lengths["ridge"])
+        if method in REGIONS:
+            source, sums = (regions, lengths["ridge_plus"])
         if method in ("local", *CENTRAL):
             wanted = 0
         elif method in STATISTICS:
@@ -168,6 +184,8 @@ def test_inference_costs_one_model_or_all_of_them(results, these):
     wanted = dict.fromkeys((*STATISTICS, "central_ridge", "fedavg_ridge"), features + 2 * 192 * 10)
     wanted |= dict.fromkeys(("ensemble", "calibrated_ensemble", "fusefl"), 2 * one)
     wanted |= {"stacking": 2 * features + 2 * 384 * 10}
-    wanted |= {"ensemble_statistics": 2 * one + features + 2 * 192 * 10}
+    plus = features + 2 * (2 * 4 * 9 * 96) + 2 * 960 * 10  # two blocks' means of 9 patches in 4 regions
+    wanted |= dict.fromkeys(("ridge_plus", "fedmitr_plus", "textures", "real_images"), plus)
+    wanted |= {"ensemble_statistics": 2 * one + plus}
     for method, result in results.items():
         assert result.inference_flops == wanted.get(method, one), method

@@ -125,8 +125,9 @@ def test_without_sums_the_start_from_statistics_is_refused(one_line):
     one_line(error.value, "distill.start", "ensemble.anchor=true")
 
 
-def test_a_switch_that_does_not_fit_the_run_is_refused_before_any_work(one_line):
+def test_with_the_closed_form_patch_tokens_share_its_head_whatever_the_run_says():
     settings = tiny().changed({"fedmitr_plus.closed_form": True, "relabel.head": "own"})
-    with pytest.raises(fm.BadInput) as error:
-        check_methods(["ridge", "fedmitr_plus"], settings)
-    one_line(error.value, "distill.start", "relabel.head")
+    check_methods(["ridge", "fedmitr_plus"], settings)
+    assert METHODS["fedmitr_plus"].adapted(settings).relabel.head == "shared"
+    average = settings.changed({"fedmitr_plus.closed_form": False})
+    assert METHODS["fedmitr_plus"].adapted(average).relabel.head == "own"

@@ -52,7 +52,9 @@ def test_real_images_alone_is_given_images_and_none_but_it_and_textures_learns_o
 @pytest.mark.parametrize("beta", [0.0, 3.0])
 @pytest.mark.parametrize("tokens", ["cls", "both"])
 def test_ensemble_with_statistics_is_the_sum_of_both_scores(beta, tokens, clients, pixels, tmp_path):
-    settings = small({"statistics.weight": beta, "statistics.tokens": tokens, "statistics.ridge": 0.5})
+    own = {"fedmitr_plus.regions": False, "fedmitr_plus.views": 0}
+    sums = {"statistics.weight": beta, "statistics.tokens": tokens, "statistics.ridge": 0.5}
+    settings = small(own | sums)
     (model,) = run("ensemble_statistics", clients, settings, Store(tmp_path)).models
     informed = given("ensemble_statistics", clients, settings)
     weight, bias = (part.numpy() for part in ridge(total_statistics(informed), 0.5))
@@ -114,7 +116,7 @@ def by_hand(images, clients, settings, method):
 def test_the_student_learns_the_teachers_predictions_on_them_and_no_label(
     method, statistics, clients, tmp_path
 ):
-    settings = small({"fedmitr_plus.statistics": statistics})
+    settings = small({"fedmitr_plus.statistics": statistics, "fedmitr_plus.start_share": 0})
     outcome = run(method, clients, settings, Store(tmp_path))
     assert equal(outcome.models[0], by_hand(outcome.synthetic.pixels, clients, settings, method))
     assert outcome.student_steps == settings.distill.steps and outcome.synthetic.mask.all()

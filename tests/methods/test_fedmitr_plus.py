@@ -10,6 +10,7 @@ from tiny_runs import given, run, tiny
 import fedmitr as fm
 from fedmitr.core.store import Store
 from fedmitr.methods import METHODS
+from fedmitr.methods._statistics import ridge_classifier
 from fedmitr.methods.fedmitr_plus import FedmitrPlusSettings, with_additions
 from fedmitr.server.joint import EnsembleWithStatistics
 from fedmitr.settings import PROFILES, Settings
@@ -28,6 +29,8 @@ OFF = {
     "regions": False,
     "views": 0,
     "closed_form": False,
+    "start_share": 0.0,
+    "whole_images": False,
 }
 SWITCHES = {  # switch and its value: the one setting that it changes, and what to
     ("owners", True): ("inversion.teacher", "owners"),
@@ -39,6 +42,7 @@ SWITCHES = {  # switch and its value: the one setting that it changes, and what 
     ("half_soft", 0.25): ("relabel.foreground_soft", 0.25),
     ("regions", True): ("statistics.tokens", "regions"),
     ("views", 3): ("statistics.views", 3),
+    ("whole_images", True): ("relabel.mode", "none"),
 }
 PUBLISHED = {
     "ensemble.mode": "mean_logits",
@@ -50,8 +54,9 @@ PUBLISHED = {
     "relabel.foreground_soft": 0.0,
     "statistics.tokens": "both",
     "statistics.views": 0,
+    "relabel.mode": "relabel",
 }
-DEFAULT_OFF = {"regions", "views", "closed_form"}
+DEFAULT_OFF = {"textures", "offsets", "label_ce", "half_soft"}
 
 
 def plus(base=None, **switches):
@@ -82,7 +87,7 @@ def two():
 
 def test_every_addition_has_a_switch():
     assert set(OFF) | {"student_lr"} == set(FedmitrPlusSettings.model_fields)
-    assert {name for name, _ in SWITCHES} == set(OFF) - {"statistics", "closed_form"}
+    assert {name for name, _ in SWITCHES} == set(OFF) - {"statistics", "closed_form", "start_share"}
     assert {name for name, _ in SWITCHES.values()} == set(PUBLISHED)
 
 
@@ -110,10 +115,10 @@ def test_with_all_switches_off_settings_are_those_of_the_run():
     assert with_additions(plus(own)) == plus(own)  # what the run itself says stays
 
 
-def test_by_default_all_are_on():
+def test_by_default_all_are_on_but_those_for_students_that_start_from_the_average():
     found = flat(with_additions(Settings()))
     defaults = FedmitrPlusSettings()
-    assert all(getattr(defaults, name) for name in set(OFF) - DEFAULT_OFF)
+    assert {name for name in OFF if not getattr(defaults, name)} == DEFAULT_OFF
     for (name, _), (setting, value) in SWITCHES.items():
         own = getattr(defaults, name)
         assert found[setting] == (
@@ -169,6 +174,30 @@ def test_the_student_of_the_closed_form_has_a_rate_of_its_own():
         "distill.start": "statistics",
         "distill.lr": 3e-5,
     }
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("method", ["fedmitr_plus", "textures", "real_images"])
+def test_the_finished_student_lies_between_its_start_and_where_training_led(share, method, two, tmp_path):
+    def model(**more):
+        switches = {"statistics": True, "closed_form": True, "whole_images": True} | more
+        return run(method, two, plus(**switches), Store(tmp_path)).models[0].state_dict()
+
+    trained, found = model(), model(start_share=share)
+    start = ridge_classifier(given(method, two, plus(statistics=True)), plus()).state_dict()
+    start |= {name: 10 * value for name, value in start.items() if name.startswith("head")}
+    moved = 0
+    for name, value in found.items():
+        wanted = share * start[name].double() + (1 - share) * trained[name].double()
+        assert torch.allclose(value.double(), wanted, rtol=1e-5, atol=1e-6), name
+        moved += not torch.equal(trained[name], start[name])
+    assert moved > 10
+
+
+def test_a_student_that_starts_from_the_average_is_not_moved_back(two, tmp_path):
+    whole = run("fedmitr_plus", two, plus(statistics=True), Store(tmp_path)).models[0]
+    other = run("fedmitr_plus", two, plus(statistics=True, start_share=0.5), Store(tmp_path)).models[0]
+    assert equal(whole, other)
 
 
 # What clients send.

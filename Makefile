@@ -7,6 +7,7 @@
 # make results     the README's tables: every method on five seeds at two skews; about an hour
 # make ablations   notebook 06's tables: every cell of results/ablations.yaml and fidelity.yaml, on three seeds
 # make transfer    notebook 06's figure: starts that were pretrained for fewer and fewer steps, on five seeds
+# make why         the table and figures of docs/why-it-works.md, on five seeds
 # make scale       notebook 09's table: up to 100 clients, and clients whose ViTs differ
 #
 # PYTHON=python3.12 picks the interpreter. On Linux, for the CPU build of torch:
@@ -26,13 +27,13 @@ SPREAD := -n auto --maxprocesses 4 --dist loadfile
 SITE := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-flower flower results publish ablations transfer scale lint format weights clean
+.PHONY: help setup reproduce test test-flower flower results publish ablations transfer why scale lint format weights clean
 
 # A figure backend set for another program must not reach the notebooks.
 unexport MPLBACKEND
 
 help:
-	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | flower | publish | results | ablations | transfer | scale | lint | format | weights | clean"
+	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | flower | publish | results | ablations | transfer | why | scale | lint | format | weights | clean"
 
 setup: $(STAMP)
 
@@ -91,12 +92,15 @@ results: setup
 	$(BIN)/python tools/readme.py
 
 ablations: setup
-	$(BIN)/fedmitr sweep --method fedmitr_plus --cells results/ablations.yaml --seeds 10-12 --out results/ablations.csv
+	$(BIN)/fedmitr sweep --method fedmitr_plus --model vit_micro_early --cells results/ablations.yaml --seeds 10-12 --out results/ablations.csv
 	$(BIN)/fedmitr sweep --method fedmitr --cells results/fidelity.yaml --seeds 10-12 --out results/fidelity.csv
 
 # Validation images of the tuning seeds: a study of the start, not of who wins.
 transfer: setup
 	$(BIN)/python -m fedmitr.experiments.transfer
+
+why: setup
+	$(BIN)/python tools/why.py
 
 # Trains the shared initial model again, the same after fewer steps, and the two for clients whose ViTs differ.
 weights: setup

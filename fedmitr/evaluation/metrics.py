@@ -73,6 +73,21 @@ def accuracy_per_class(model: nn.Module, split: Split, num_classes: int) -> Tens
     return recall(predicted_classes([model], split.images)[0], split.labels, num_classes)
 
 
+ERRORS = ("right", "another class of the same client", "a class of another client")
+
+
+def error_kinds(predicted: Tensor, labels: Tensor, counts: Tensor) -> dict[str, float]:
+    """Return the share of images of each kind of `ERRORS`, from predicted classes and labels (n,).
+
+    A class is of the client that holds most images of it, of counts (K, C). Errors of the second kind lie
+    between classes that one client has seen side by side, those of the third between clients.
+    """
+    holder = counts.argmax(0)  # (C,)
+    right, same = predicted == labels, holder[predicted] == holder[labels]  # (n,)
+    parts = (right, same & ~right, ~same)
+    return {name: part.double().mean().item() for name, part in zip(ERRORS, parts, strict=True)}
+
+
 def label_skew(counts: Tensor) -> Tensor:
     """Return how far each client's class distribution is from all clients' together, (K,) from counts (K, C).
 

@@ -9,6 +9,7 @@ from .methods import comparison, costs, weights
 from .scale import projection, scaling
 from .style import save, show
 from .transfer import pretraining
+from .why import errors, toy
 
 __all__ = [
     "attention",
@@ -18,6 +19,7 @@ __all__ = [
     "costs",
     "curves",
     "emerging",
+    "errors",
     "foreground",
     "frame",
     "generated",
@@ -37,6 +39,7 @@ __all__ = [
     "show",
     "skew",
     "token_labels",
+    "toy",
     "weights",
     "widgets",
 ]

@@ -15,6 +15,7 @@ from fedmitr.evaluation.foreground import surviving_patches, token_features
 from fedmitr.evaluation.metrics import (
     accuracy,
     accuracy_per_class,
+    error_kinds,
     label_skew,
     predict,
     predict_with_members,
@@ -139,3 +140,15 @@ def test_label_skew_is_half_the_distance_between_mixes():
         brute = sum(abs(counts[k, c] / counts[k].sum() - common[c]) for c in range(3)) / 2
         assert found.item() == pytest.approx(brute.item())
     assert torch.allclose(label_skew(torch.tensor([[2, 4], [1, 2]])), torch.zeros(2))
+
+
+def test_kinds_of_errors_tell_whether_one_client_has_seen_both_classes():
+    counts = torch.tensor([[9, 5, 0, 1], [0, 1, 7, 6]])  # classes 0 and 1 are client 0's, 2 and 3 client 1's
+    labels = torch.tensor([0, 0, 1, 2, 2, 3, 3, 3])
+    predicted = torch.tensor([0, 1, 2, 2, 3, 3, 0, 1])
+    found = error_kinds(predicted, labels, counts)
+    assert found == {
+        "right": 3 / 8,
+        "another class of the same client": 2 / 8,
+        "a class of another client": 3 / 8,
+    }

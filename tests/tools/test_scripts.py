@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from helpers import comparison_table
 
 from fedmitr.core.paths import home
+from fedmitr.evaluation.metrics import ERRORS
 from fedmitr.experiments.compare import seconds_file
 from fedmitr.experiments.headline import HEADLINE, record
 from fedmitr.experiments.reproduce import notebooks
@@ -34,7 +35,7 @@ def load(name: str) -> ModuleType:
 
 def test_every_script_has_a_test():
     scripts = {path.stem for path in FOLDER.glob("*.py")}
-    assert scripts == {"flower_processes", "flower_run", "publish", "readme"}
+    assert scripts == {"flower_processes", "flower_run", "publish", "readme", "why"}
 
 
 # readme.py
@@ -194,3 +195,22 @@ def test_words_that_do_not_come_are_an_error_with_the_logs(tmp_path):
 def test_a_free_port_is_one_that_nothing_listens_on():
     assert not flower_processes.listens(flower_processes.free_port())
     assert not flower_processes.wait_until(lambda: False, 0)
+
+
+# why.py
+
+
+def test_why_writes_every_models_kinds_of_errors_and_two_figures(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDMITR_STORE", str(tmp_path / "store"))
+    script = load("why")
+    done = CliRunner().invoke(
+        script.main, ["--profile", "smoke", "--seeds", "1", "--into", str(tmp_path)], catch_exceptions=False
+    )
+    assert done.exit_code == 0
+    table = pd.read_csv(tmp_path / "results" / "errors.csv")
+    assert len(table) == len(script.STARTS) * len(script.MODELS)
+    assert np.allclose(table[list(ERRORS)].sum(axis=1), 1, atol=1e-5)
+    for name in ("why_errors", "why_toy"):
+        assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    right = {name: f"{value:.3f}" for name, value in table.groupby("model")["right"].mean().items()}
+    assert set(right) == set(script.MODELS) and all(name in done.output for name in right)

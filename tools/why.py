@@ -1,0 +1,68 @@
+"""Make what docs/why-it-works.md shows: results/errors.csv and two figures; run by `make why`.
+
+Which errors do models make from uploads of clients with almost disjoint classes: between classes that one
+client has seen side by side, or between classes of different clients? Validation images of the tuning seeds,
+α = 0.1, both starts. Needs what `make transfer` leaves in the store; else clients train first.
+"""
+
+from pathlib import Path
+
+import click
+import pandas as pd
+
+from fedmitr import figures
+from fedmitr.core.paths import DEFAULT_PROFILE, default_store, home
+from fedmitr.core.store import Store, write_csv
+from fedmitr.data.partition import class_counts
+from fedmitr.evaluation.metrics import error_kinds, predicted_classes
+from fedmitr.experiments.run import Experiment
+from fedmitr.settings import Settings
+
+STARTS = {"vit_micro_early": "early start", "vit_micro": "shipped start"}
+PLAIN = {"fedmitr_plus.regions": False, "fedmitr_plus.views": 0}  # ridge's own sums
+MODELS = {  # name -> method and its settings
+    "ensemble, class weights": ("ensemble", {"ensemble.mode": "class"}),
+    "ridge": ("ridge", {}),
+    "ensemble + ridge": ("ensemble_statistics", PLAIN),
+    "ridge+": ("ridge_plus", {}),
+    "ensemble + ridge+": ("ensemble_statistics", {}),
+    "FedMITR+": ("fedmitr_plus", {}),
+}
+
+
+def rows(profile: str, start: str, seed: int, store: Store) -> list[dict]:
+    """Return the kinds of errors of every model, from one start, on one seed's clients."""
+    found = []
+    for name, (method, changes) in MODELS.items():
+        own = Settings.load(profile, {"model.name": start, "seed": seed} | changes)
+        experiment = Experiment(own, store)
+        task = experiment.task
+        counts = class_counts(task.train.labels, experiment.shards, len(task.classes))
+        predicted = predicted_classes(experiment.models(method), task.validation.images)[0]
+        kinds = error_kinds(predicted, task.validation.labels, counts)
+        found.append({"start": start, "seed": seed, "model": name} | kinds)
+    return found
+
+
+@click.command()
+@click.option(
+    "--profile", default=DEFAULT_PROFILE, show_default=True, help="Another one only to try this script."
+)
+@click.option("--seeds", default=5, show_default=True, help="How many, from 0 on.")
+@click.option("--into", type=click.Path(path_type=Path), help="Default: this checkout.")
+def main(profile: str, seeds: int, into: Path | None) -> None:
+    """Write the table and the figures."""
+    into, store = into or home(), Store(default_store())
+    made = [row for start in STARTS for seed in range(seeds) for row in rows(profile, start, seed, store)]
+    table = pd.DataFrame(made)
+    for name in ("results", "figures"):
+        (into / name).mkdir(parents=True, exist_ok=True)
+    write_csv(table, into / "results" / "errors.csv", digits=6)
+    for name, figure in {"why_errors": figures.errors(table, STARTS), "why_toy": figures.toy()}.items():
+        (into / "figures" / f"{name}.png").write_bytes(figures.show(figure).data)
+    means = table.drop(columns="seed").groupby(["start", "model"], sort=False).mean()
+    click.echo(means.round(3).to_string())
+
+
+if __name__ == "__main__":
+    main()

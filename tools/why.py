@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import pandas as pd
+import torch
 
 from fedmitr import figures
 from fedmitr.core.paths import DEFAULT_PROFILE, default_store, home
@@ -29,9 +30,11 @@ MODELS = {  # name -> method and its settings
     "FedMITR+": ("fedmitr_plus", {}),
 }
 
+CHANCE = "a wrong class at random"
+
 
 def rows(profile: str, start: str, seed: int, store: Store) -> list[dict]:
-    """Return the kinds of errors of every model, from one start, on one seed's clients."""
+    """Return the kinds of errors of every model, from one start, on one seed's clients; last, by chance."""
     found = []
     for name, (method, changes) in MODELS.items():
         own = Settings.load(profile, {"model.name": start, "seed": seed} | changes)
@@ -41,7 +44,10 @@ def rows(profile: str, start: str, seed: int, store: Store) -> list[dict]:
         predicted = predicted_classes(experiment.models(method), task.validation.images)[0]
         kinds = error_kinds(predicted, task.validation.labels, counts)
         found.append({"start": start, "seed": seed, "model": name} | kinds)
-    return found
+    labels = task.validation.labels
+    wrong = torch.stack([labels + k for k in range(1, len(task.classes))]) % len(task.classes)  # (C − 1, n)
+    kinds = error_kinds(wrong.flatten(), labels.repeat(len(wrong)), counts)
+    return [*found, {"start": start, "seed": seed, "model": CHANCE} | kinds]
 
 
 @click.command()
@@ -58,7 +64,8 @@ def main(profile: str, seeds: int, into: Path | None) -> None:
     for name in ("results", "figures"):
         (into / name).mkdir(parents=True, exist_ok=True)
     write_csv(table, into / "results" / "errors.csv", digits=6)
-    for name, figure in {"why_errors": figures.errors(table, STARTS), "why_toy": figures.toy()}.items():
+    shown = table[table["model"] != CHANCE]
+    for name, figure in {"why_errors": figures.errors(shown, STARTS), "why_toy": figures.toy()}.items():
         (into / "figures" / f"{name}.png").write_bytes(figures.show(figure).data)
     means = table.drop(columns="seed").groupby(["start", "model"], sort=False).mean()
     click.echo(means.round(3).to_string())

@@ -109,7 +109,7 @@ def errors(table: pd.DataFrame, starts: Mapping[str, str]) -> Figure:
             axis.barh(names, means[kind], left=left, color=color, label=kind, height=0.65)
             left += means[kind].to_numpy()
         for row, total in enumerate(left):
-            axis.text(total + 0.008, row, f"{total:.2f}", va="center", fontsize=9)
+            axis.text(total + 0.008, row, f"{total:.3f}", va="center", fontsize=9)
         axis.set(title=title, xlim=(0, 0.8), xlabel="share of validation images that are wrong")
     axes[-1].legend(loc="lower right")
     return figure

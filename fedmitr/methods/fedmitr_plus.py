@@ -1,7 +1,7 @@
 """FedMITR+: FedMITR with our additions, each a switch of its own; with all of them off it is FedMITR.
 
 - Statistics: clients also send sums of features of the shared model. The teacher becomes log A(x) + β·r(x);
-  r, the scores of ridge regression, are those of all images in one place (ridge.py). They put all
+  r are the scores of ridge regression, the same as if all images lay in one place (ridge.py). They put all
   classes on one scale, which clients that trained apart do not.
 - Regions: these sums are of CLS and the mean of each quarter of the image, after each of the last two blocks.
 - Views: they are averaged over each image and moved copies of it.
@@ -107,6 +107,7 @@ def towards_start(outcome: Outcome, uploads: Sequence[Upload], settings: Setting
         w = s·w_start + (1 − s)·w_trained,   s = `start_share`
 
     Between two such models accuracy is often above that of either (WiSE-FT, Wortsman et al., CVPR 2022).
+    Here it wins back what training lost (docs/lab-notebook.md, block 15).
     Changes the outcome's model in place.
     """
     share = settings.fedmitr_plus.start_share

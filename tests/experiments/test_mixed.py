@@ -13,7 +13,7 @@ from fedmitr.evaluation.foreground import surviving_patches
 from fedmitr.evaluation.metrics import predict
 from fedmitr.evaluation.plan import plan
 from fedmitr.experiments.run import Experiment
-from fedmitr.methods import METHODS
+from fedmitr.methods import METHODS, find
 from fedmitr.server import ensemble as room
 from fedmitr.server.ensemble import Owners
 from fedmitr.settings import Settings, parse_assignment
@@ -203,7 +203,9 @@ def test_statistics_are_the_shared_models_whatever_a_clients_own_is(tmp_path):
         assert one.digest == other.digest and one.shape.name == "vit_micro"
     whole = mixed.uploads_for("fedmitr_plus")
     assert [u.shape.name for u in whole] == pair["client.models"]
-    assert [u.features for u in whole] == [mixed.features] * 2
+    assert [u.features for u in whole] == [
+        mixed.features_of(find("fedmitr_plus").adapted(mixed.settings))
+    ] * 2
     assert mixed.result("ridge").accuracy == equal.result("ridge").accuracy
     assert mixed.result("ridge").download_bytes == equal.result("ridge").download_bytes
     own = [wire_bytes(mixed.shared(mixed.settings.model_of(k)).state_dict()) for k in range(2)]

@@ -66,4 +66,4 @@ def test_bars_of_errors_are_means_over_seeds_and_end_in_their_sum():
     for axis in axes:
         widths = [[bar.get_width() for bar in container] for container in axis.containers]
         assert np.allclose(widths, [[0.2, 0.2], [0.2, 0.2]])
-        assert [text.get_text() for text in axis.texts] == ["0.40", "0.40"]
+        assert [text.get_text() for text in axis.texts] == ["0.400", "0.400"]

@@ -208,9 +208,9 @@ def test_why_writes_every_models_kinds_of_errors_and_two_figures(tmp_path, monke
     )
     assert done.exit_code == 0
     table = pd.read_csv(tmp_path / "results" / "errors.csv")
-    assert len(table) == len(script.STARTS) * len(script.MODELS)
+    assert len(table) == len(script.STARTS) * (len(script.MODELS) + 1)
     assert np.allclose(table[list(ERRORS)].sum(axis=1), 1, atol=1e-5)
     for name in ("why_errors", "why_toy"):
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     right = {name: f"{value:.3f}" for name, value in table.groupby("model")["right"].mean().items()}
-    assert set(right) == set(script.MODELS) and all(name in done.output for name in right)
+    assert set(right) == {*script.MODELS, script.CHANCE} and all(name in done.output for name in right)

@@ -140,6 +140,7 @@ def published(tmp_path, monkeypatch):
     before, into = dict(os.environ), tmp_path / "into"
     (into / "figures").mkdir(parents=True)
     (into / "figures" / "00_gone.png").write_bytes(b"of a notebook that changed")
+    (into / "figures" / "why_toy.png").write_bytes(b"of no notebook")
     done = CliRunner().invoke(
         script.main, ["--profile", "smoke", "--into", str(into)], catch_exceptions=False
     )
@@ -151,7 +152,8 @@ def published(tmp_path, monkeypatch):
 def test_publish_stores_pictures_numbers_with_their_spread_and_outputs(published):
     into, calls, script = published
     assert calls == [*((script.ON_SEEDS, seed) for seed in (1, 2, 3, 4)), (None, None)]
-    assert [figure.name for figure in (into / "figures").iterdir()] == ["00_overview.png"]
+    left = sorted(figure.name for figure in (into / "figures").iterdir())
+    assert left == ["00_overview.png", "why_toy.png"]
     assert (into / "figures" / "00_overview.png").read_bytes() == b"picture"
     (row,) = pd.read_csv(into / HEADLINE).to_dict("records")
     assert row["number"] == "accuracy" and row["stored"] == 0.5

@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from ..methods import described
-from .style import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, VERMILLION, new_figure, styled, write_cells
+from .style import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, VERMILLION, WINE, new_figure, styled, write_cells
 
 _COLORS = {
     described(name).label: color
@@ -19,6 +19,7 @@ _COLORS = {
         "fedmitr_plus": VERMILLION,
         "fedmitr": BLACK,
         "ridge": PINK,
+        "ridge_plus": WINE,
         "ensemble": BLUE,
         "ensemble_statistics": SKY,
         "fedavg": ORANGE,

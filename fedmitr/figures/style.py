@@ -1,7 +1,7 @@
 """What the figures share: style, colours, saving, and the parts that several modules draw.
 
 A figure's size in inches is the size at which notebooks show it, 96 pixels an inch; no text is below 9 points
-there. Colours: Okabe-Ito for kinds, cividis and viridis for amounts, grey for pixels.
+there. Colours: Okabe-Ito and, beside them, Tol's wine for kinds, cividis and viridis for amounts, grey for pixels.
 """
 
 import io
@@ -20,6 +20,7 @@ from ..core.paths import output_folder
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILLION, PINK = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+WINE = "#882255"
 DPI, SHOWN = 150, 96
 STYLE = {
     "font.size": 10,

@@ -1,7 +1,7 @@
 """What the figures share: style, colours, saving, and the parts that several modules draw.
 
 A figure's size in inches is the size at which notebooks show it, 96 pixels an inch; no text is below 9 points
-there. Colours: Okabe-Ito and, beside them, Tol's wine for kinds, cividis and viridis for amounts, grey for pixels.
+there. Colours: Okabe-Ito and Tol's wine for kinds, cividis and viridis for amounts, grey for pixels.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Why an ensemble and sums of features are better together: a toy in two dimensions, and kinds of errors."""
+"""What sums of features know that uploads do not: a toy in two dimensions, and kinds of errors."""
 
 from collections.abc import Callable, Mapping
 

@@ -241,6 +241,7 @@ def test_clients_sum_features_of_folders_of_their_own(method, pictures, config):
     nodes = {node: held | {"store": str(pictures / "store")} for node, held in nodes.items()}
     grid = Loopback(nodes)
     small = SET + " task.name=image-folder partition.clients=2 statistics.tokens=cls"
+    small += " fedmitr_plus.regions=false fedmitr_plus.views=0"
     outcome = serve(grid, config | {"method": method, "set": small, "classes": "cat, dog, fox"})
     (kept,) = Path(config["store"], "received").iterdir()
     uploads = [fm.Upload.load(kept / f"client{k}") for k in range(2)]

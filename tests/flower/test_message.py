@@ -120,7 +120,7 @@ def test_settings_survive_the_message(experiment):
 )
 def test_uploads_that_the_settings_do_not_ask_for_are_rejected(change, word, uploads, experiment, capfd):
     ask, order = Message(RecordDict(), 7, "train"), Order("fedmitr_plus", experiment.settings, ())
-    whole = with_statistics(uploads[1], "both", experiment.settings.model)
+    whole = with_statistics(uploads[1], "regions", experiment.settings.model, views=8)
     (kept,) = accept({7: Message(pack(whole), reply_to=ask)}, order, order.shape)
     assert kept.digest == whole.digest
     content = pack(replace(whole, **change))

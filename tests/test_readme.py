@@ -187,4 +187,10 @@ def test_what_notebook_06_says_of_its_tables_holds_in_them():
     means = runs.pivot_table(index="method", columns="steps", values="accuracy")
     assert (means.loc["fedmitr"] < means.loc["ridge"]).all()
     assert (means.loc["ridge_plus"] > means.loc["ridge"]).all()
-    assert ((means.loc["fedmitr_plus"] - means.loc["ridge_plus"]).abs() < 0.02).all()
+    assert abs(means.loc["ridge_plus", 0] - means.loc["ridge", 0] - 0.2) < 0.02
+    central = means.loc["ridge_plus"] - means.loc["central"]
+    assert (central[[0, 100, 200]] > 0).all() and (central[[400, 1000]] < 0).all()
+    away = means.loc["fedmitr_plus"] - means.loc["ridge_plus"]
+    assert (away[[400, 1000, 3600]].abs() < 0.01).all() and (away[[100, 200]] < 0).all()
+    assert means.loc["fedmitr_plus", 0] < 0.55 * means.loc["ridge_plus", 0]  # "half"
+    assert (means.loc["ensemble_statistics"] - means.loc["ridge_plus"]).between(-0.01, 0.02).all()

@@ -35,16 +35,15 @@ CHANCE = "a wrong class at random"
 
 def rows(profile: str, start: str, seed: int, store: Store) -> list[dict]:
     """Return the kinds of errors of every model, from one start, on one seed's clients; last, by chance."""
-    found = []
+    settings, found = Settings.load(profile, {"model.name": start, "seed": seed}), []
+    usual = Experiment(settings, store)
+    task, labels = usual.task, usual.task.validation.labels
+    counts = class_counts(task.train.labels, usual.shards, len(task.classes))
     for name, (method, changes) in MODELS.items():
-        own = Settings.load(profile, {"model.name": start, "seed": seed} | changes)
-        experiment = Experiment(own, store)
-        task = experiment.task
-        counts = class_counts(task.train.labels, experiment.shards, len(task.classes))
+        experiment = Experiment(settings.changed(changes), store) if changes else usual
         predicted = predicted_classes(experiment.models(method), task.validation.images)[0]
-        kinds = error_kinds(predicted, task.validation.labels, counts)
+        kinds = error_kinds(predicted, labels, counts)
         found.append({"start": start, "seed": seed, "model": name} | kinds)
-    labels = task.validation.labels
     wrong = torch.stack([labels + k for k in range(1, len(task.classes))]) % len(task.classes)  # (C − 1, n)
     kinds = error_kinds(wrong.flatten(), labels.repeat(len(wrong)), counts)
     return [*found, {"start": start, "seed": seed, "model": CHANCE} | kinds]

@@ -11,11 +11,12 @@ from scipy.special import log_softmax
 from sklearn.linear_model import Ridge
 from sklearn.neural_network import MLPClassifier
 
+from ..evaluation.metrics import ERRORS
 from .style import BLUE, ORANGE, SKY, VERMILLION, bare, new_figure, styled
 
 _COLORS = (BLUE, SKY, VERMILLION, ORANGE)  # blue: the first client's classes; red: the second's
 _EDGE = 3.6  # the toy lies in [-_EDGE, _EDGE] × [-_EDGE/2, _EDGE/2]
-_KINDS = {"another class of the same client": SKY, "a class of another client": VERMILLION}
+_KINDS = dict(zip(ERRORS[1:], (SKY, VERMILLION), strict=True))  # the first is no error
 Points = tuple[np.ndarray, np.ndarray]  # x (n, 2), y (n,)
 Scores = Callable[[np.ndarray], np.ndarray]  # x (n, 2) to scores of the classes (n, 4)
 

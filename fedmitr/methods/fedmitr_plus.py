@@ -37,6 +37,7 @@ from ..upload import Upload
 from ._method import Method, Outcome, Range
 from ._student import student_start
 from .fedmitr import SEARCH, fedmitr, fedmitr_work
+from .ridge import SEARCH as RIDGE
 
 
 class FedmitrPlusSettings(SettingsBlock):
@@ -64,34 +65,31 @@ class FedmitrPlusSettings(SettingsBlock):
     half_soft: Share = setting(0.0, "share of the soft label in the label of a surviving patch")
 
 
+# Switch -> the setting that it changes, and what to; None: to the switch's own value.
+CHANGES = {
+    "statistics": ("ensemble.anchor", True),
+    "regions": ("statistics.tokens", "regions"),
+    "views": ("statistics.views", None),
+    "whole_images": ("relabel.mode", "none"),
+    "owners": ("inversion.teacher", "owners"),
+    "class_weights": ("ensemble.mode", "class"),
+    "affine": ("inversion.augment", None),
+    "textures": ("distill.background", "texture"),
+    "offsets": ("distill.calibrate", None),
+    "label_ce": ("distill.ce_weight", None),
+    "half_soft": ("relabel.foreground_soft", None),
+}
+
+
 def with_additions(settings: Settings) -> Settings:
     """Return the settings under which FedMITR's functions run: those of the run, and what is switched on."""
     own, on = settings.fedmitr_plus, dict[str, Any]()
-    if own.statistics:
-        on["ensemble.anchor"] = True
-        if own.closed_form:
-            on |= {"distill.start": "statistics", "distill.lr": own.student_lr}
-            on["relabel.head"] = "shared"  # a linear layer on features of the image has no other for patches
-    if own.regions:
-        on["statistics.tokens"] = "regions"
-    if own.views:
-        on["statistics.views"] = own.views
-    if own.whole_images:
-        on["relabel.mode"] = "none"
-    if own.owners:
-        on["inversion.teacher"] = "owners"
-    if own.class_weights:
-        on["ensemble.mode"] = "class"
-    if own.affine:
-        on["inversion.augment"] = own.affine
-    if own.textures:
-        on["distill.background"] = "texture"
-    if own.offsets:
-        on["distill.calibrate"] = own.offsets
-    if own.label_ce:
-        on["distill.ce_weight"] = own.label_ce
-    if own.half_soft:
-        on["relabel.foreground_soft"] = own.half_soft
+    for switch, (name, value) in CHANGES.items():
+        if chosen := getattr(own, switch):
+            on[name] = chosen if value is None else value
+    if own.statistics and own.closed_form:
+        on |= {"distill.start": "statistics", "distill.lr": own.student_lr}
+        on["relabel.head"] = "shared"  # a linear layer on features of the image has no other for patches
     return settings.changed(on)
 
 
@@ -118,6 +116,8 @@ def towards_start(outcome: Outcome, uploads: Sequence[Upload], settings: Setting
     return outcome
 
 
+SUMS = {"fedmitr_plus.regions": (False, True), "fedmitr_plus.views": (0, 2, 4, 8)}  # what tuning may try
+
 METHOD = Method(
     name="fedmitr_plus",
     run=fedmitr_plus,
@@ -127,8 +127,8 @@ METHOD = Method(
     search={
         **{name: values for name, values in SEARCH.items() if name != "ensemble.mode"},
         "statistics.weight": Range(1.0, 30.0, log=True),
-        "fedmitr_plus.regions": (False, True),
-        "fedmitr_plus.views": (0, 2, 4, 8),
+        **SUMS,
+        "statistics.ridge": RIDGE["statistics.ridge"],
         "fedmitr_plus.closed_form": (False, True),
         "fedmitr_plus.student_lr": Range(1e-5, 1e-3, log=True),
         "fedmitr_plus.start_share": (0.0, 0.25, 0.5, 0.75),

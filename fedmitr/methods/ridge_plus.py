@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from ..core.store import Store
 from ..settings import Settings
 from ..upload import Upload
-from ._method import Method, Outcome, Range
-from .fedmitr_plus import with_additions
-from .ridge import ridge
+from ._method import Method, Outcome
+from .fedmitr_plus import SUMS, with_additions
+from .ridge import SEARCH, ridge
 
 
 def ridge_plus(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
@@ -25,11 +25,7 @@ METHOD = Method(
     label="ridge+",
     family="statistics",
     citation="ours, on AFL and Fed3R",
-    search={
-        "fedmitr_plus.regions": (False, True),
-        "fedmitr_plus.views": (0, 2, 4, 8),
-        "statistics.ridge": Range(1e-3, 1e3, log=True),
-    },
+    search=SUMS | {"statistics.ridge": SEARCH["statistics.ridge"]},
     adapt=with_additions,
     needs_weights=False,
     needs_statistics=True,

@@ -89,10 +89,20 @@ def plan(name: str, settings: Settings) -> list[Stage]:
     work = replace(method.work_under(settings), with_statistics=method.needs_statistics_under(settings))
     student, team = costs_of(settings)
     stages = [_clients(method, settings, student, team)]
+    held = 0.0  # the server keeps every client's sums, a whole Gram matrix each, beside its weights
+    if work.with_statistics:
+        width = feature_width(student.vit, method.adapted(settings).statistics.tokens)
+        held = len(team) * _sums_bytes(width, student.classes)
     if work.group and len(team) > work.group:
         stages += [_groups(work, settings, student, team)]
         team = [student] * (-(-len(team) // work.group))  # each group has become one upload
-    return stages + _server_stages(work, settings, student, team)
+    stages += _server_stages(work, settings, student, team)
+    return [stages[0], *(replace(stage, memory=stage.memory + held) for stage in stages[1:])]
+
+
+def _sums_bytes(width: int, classes: int, grams: int = 1) -> int:
+    """Count the bytes of sums of features in memory, in float64, with so many Gram matrices."""
+    return 2 * FLOAT * width * (grams * width + classes)
 
 
 def _server_stages(work: Work, settings: Settings, student: ModelCosts, team: Team) -> list[Stage]:
@@ -175,7 +185,7 @@ def _clients(method: Method, settings: Settings, student: ModelCosts, team: Team
         width = sum(feature_width(c.vit, how.tokens) for c in models)
         flops += images * (1 + how.views) * (sum(c.forward.flops for c in models) + 2 * width * width)
         # float64: the models, sums, and the Gram matrix, its triangle and one that is added to it
-        sums = 2 * FLOAT * width * (GRAMS * width + student.classes)
+        sums = _sums_bytes(width, student.classes, GRAMS)
         memory = max(memory, 2 * sum(c.model_bytes for c in models) + sums)
         sent += count * 2 * FLOAT * (width * (width + 1) // 2 + (width + 1) * student.classes)
         sent += count * sum(c.model_bytes for c in models) if method.given == "clients" else 0

@@ -46,12 +46,15 @@ def test_labels_cost_in_proportion_to_the_clients_unless_few_are_drawn():
     assert everyone[100] == pytest.approx(sum(s.flops for s in stages if s.stage != "clients") / 1e12)
 
 
-def test_memory_of_the_ensemble_grows_by_one_model_a_client():
-    table = projection(Settings.load("laptop"), counts=(100, 200)).groupby("clients")["memory, GB"].max()
-    weights = Experiment(Settings.load("laptop")).initial.state_dict().values()
-    assert (table[200] - table[100]) * 1e9 == pytest.approx(
-        100 * sum(4 * w.numel() for w in weights), rel=1e-6
-    )
+@pytest.mark.parametrize("features", [960, 192, 0])
+def test_memory_of_the_server_grows_by_one_model_and_its_sums_a_client(features):
+    """In memory a Gram matrix is whole, and float64."""
+    sums = {"fedmitr_plus.regions": features == 960, "fedmitr_plus.statistics": features > 0}
+    settings = Settings.load("laptop", sums)
+    table = projection(settings, counts=(100, 200)).groupby("clients")["memory, GB"].max()
+    weights = Experiment(settings).initial.state_dict().values()
+    wanted = sum(4 * w.numel() for w in weights) + 8 * features * (features + 10)
+    assert (table[200] - table[100]) * 1e9 == pytest.approx(100 * wanted, rel=1e-6)
 
 
 # Measured.

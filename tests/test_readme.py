@@ -136,8 +136,8 @@ def test_the_page_on_why_it_works_has_the_numbers_of_its_table():
     means = table.groupby(["start", "model"])[list(ERRORS)].mean()
     for model, shares in means.loc["vit_micro_early"].iterrows():
         assert f"| {model} | " + " | ".join(f"{share:.3f}" for share in shares) + " |" in text
-    for picture in re.findall(r"\.\./(figures/\w+\.png)", text):
-        assert (home() / picture).exists()
+    pictures = re.findall(r"\((why_\w+\.png)\)", text)
+    assert len(pictures) == 2 and all((home() / "docs" / picture).exists() for picture in pictures)
     _, same, other = means.loc["vit_micro_early", "ensemble, class weights"]
     assert round(50 * other / (same + other)) == 49  # "49 of 50"
     early = means.loc["vit_micro_early"]

@@ -82,7 +82,7 @@ def main(profile: str, into: Path | None, only: str | None) -> None:
         store_outputs(book, into / "notebooks" / book.name)
     if not only:  # else pictures and numbers of the other notebooks would be lost
         made = {figure.name for figure in (shipped / "figures").glob("*.png")}
-        for figure in (into / "figures").glob("[0-9][0-9]_*.png"):  # those of notebooks; others are of why.py
+        for figure in (into / "figures").glob("*.png"):
             if figure.name not in made:
                 figure.unlink()  # no notebook draws it any more
         table = summarise_numbers(read_numbers(shipped / "results" / NUMBERS), others)

@@ -60,12 +60,12 @@ def main(profile: str, seeds: int, into: Path | None) -> None:
     into, store = into or home(), Store(default_store())
     made = [row for start in STARTS for seed in range(seeds) for row in rows(profile, start, seed, store)]
     table = pd.DataFrame(made)
-    for name in ("results", "figures"):
+    for name in ("results", "docs"):
         (into / name).mkdir(parents=True, exist_ok=True)
     write_csv(table, into / "results" / "errors.csv", digits=6)
     shown = table[table["model"] != CHANCE]
     for name, figure in {"why_errors": figures.errors(shown, STARTS), "why_toy": figures.toy()}.items():
-        (into / "figures" / f"{name}.png").write_bytes(figures.show(figure).data)
+        (into / "docs" / f"{name}.png").write_bytes(figures.show(figure).data)
     means = table.drop(columns="seed").groupby(["start", "model"], sort=False).mean()
     click.echo(means.round(3).to_string())
 

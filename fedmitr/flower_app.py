@@ -84,9 +84,8 @@ class Order(NamedTuple):
         if reason:
             allowed = ", ".join(name for name, one in METHODS.items() if not refusal(one))
             raise BadInput(f"method={method!r}: {reason}; allowed are {allowed}")
-        settings = Settings.load(
-            config["profile"], dict(map(parse_assignment, split(config["set"]))) | {"seed": seed}
-        )
+        overrides = dict(map(parse_assignment, split(config["set"]))) | {"seed": seed}
+        settings = Settings.load(config["profile"], overrides, method)
         check_methods([method], settings)
         names = list(dict.fromkeys(name.strip() for name in config["classes"].split(",") if name.strip()))
         expected = TASKS[settings.task.name]

@@ -25,6 +25,7 @@ ORDER = [
     {"methods"},
     {"evaluation"},
     {"experiments"},
+    {"study"},
     {"figures"},
     {"flower_message"},
     {"cli", "flower_app"},

@@ -119,7 +119,7 @@ def main(profile: str, seed: int, method: str, assignments: tuple[str, ...], out
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C: all that was started is ended
     for quiet in ("TQDM_DISABLE", "FEDMITR_STATIC"):  # a client's bar tells that it trains
         os.environ.pop(quiet, None)
-    settings = fm.Settings.load(profile, dict(map(parse_assignment, assignments)) | {"seed": seed})
+    settings = fm.Settings.load(profile, dict(map(parse_assignment, assignments)) | {"seed": seed}, method)
     config = {"profile": profile, "set": " ".join(assignments)}
     with tempfile.TemporaryDirectory() as store:
         experiment = fm.Experiment(settings, store)

@@ -126,11 +126,16 @@ class Store:
         return json.loads((self.path(stage, key) / SECONDS).read_text())
 
 
+def write_text(text: str, path: Path) -> None:
+    """Write text, replacing a file in one step."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write data as JSON, replacing a file in one step."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
-    os.replace(aside, path)
+    write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", path)
 
 
 def write_csv(table: pd.DataFrame, path: Path, digits: int) -> None:

@@ -1,5 +1,6 @@
 """Tasks: images, labels and, where it is known, the true foreground, split for training and measuring."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,12 @@ class Split:
         others = (None if column is None else column[index] for column in (self.foreground, self.domains))
         return Split(images, self.labels[index], *others)
 
+    @staticmethod
+    def concat(parts: Sequence["Split"]) -> "Split":
+        """Join splits of a task, one after the other; their images are tensors."""
+        columns = zip(*((p.images, p.labels, p.foreground, p.domains) for p in parts), strict=True)
+        return Split(*(None if c[0] is None else torch.cat(c) for c in columns))
+
 
 @dataclass(frozen=True)
 class Task:
@@ -67,10 +74,11 @@ def load_task(
     """Load a task's images at image_size × image_size pixels, normalised with stats.
 
     stats: mean and standard deviation, each (ch, 1, 1). digits are scikit-learn's 1,797 handwritten digits,
-    each placed once at random scale, rotation and position on smooth random texture (`digit_scenes`); the
-    seed fixes this and the stratified split. Every other task is read from files, which are decoded once into
-    the folder `cache` (default: a temporary one of this process); its test images are the task's own test
-    part, where it has one. Raises BadInput for an unknown task, and for files that are missing or unreadable.
+    each placed at random scale, rotation and position on smooth random texture (`digit_scenes`): once for
+    training, `task.scenes` times for validation and test. The seed fixes this and the stratified split.
+    Every other task is read from files, which are decoded once into the folder `cache` (default: a temporary
+    one of this process); its test images are the task's own test part, where it has one. Raises BadInput for
+    an unknown task, and for files that are missing or unreadable.
     """
     if settings.name not in TASKS:
         raise BadInput(f"task.name={settings.name!r} is unknown: allowed are {', '.join(TASKS)}")
@@ -79,13 +87,22 @@ def load_task(
     digits = load_digits()
     labels = torch.tensor(digits.target)
     clutter = 0.0 if settings.name == "digits-plain" else settings.clutter
-    scenes, foreground = digit_scenes(digits.images, image_size, settings, clutter, make_rng(seed, "scenes"))
     mean, std = stats
-    whole = Split(((scenes - mean) / std).contiguous(), labels, foreground)
+
+    def draw(*stream: int) -> Split:
+        scenes, foreground = digit_scenes(
+            digits.images, image_size, settings, clutter, make_rng(seed, "scenes", *stream)
+        )
+        return Split(((scenes - mean) / std).contiguous(), labels, foreground)
+
     parts = stratified_split(digits.target, settings.validation, settings.test, seed)
-    return Task(
-        settings.name, tuple(map(str, digits.target_names)), *_splits(whole, parts, settings, seed), stats
-    )
+    train, *held = _splits(draw(), parts, settings, seed)
+    more = [draw(index) for index in range(1, settings.scenes)]
+    held = [
+        Split.concat([split, *(scene.subset(torch.from_numpy(part)) for scene in more)])
+        for split, part in zip(held, parts[1:], strict=True)
+    ]
+    return Task(settings.name, tuple(map(str, digits.target_names)), train, *held, stats)
 
 
 def _photo_task(

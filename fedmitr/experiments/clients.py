@@ -246,8 +246,9 @@ class Clients:
 
     @property
     def _data_inputs(self) -> list[Any]:
-        """All that the task's images depend on: settings, and the files' digest, not their folder."""
-        return [self.settings.task.model_dump(exclude={"data_dir", "download"}), self.task.digest]
+        """All that training images depend on: settings, and the files' digest, not their folder."""
+        others = {"data_dir", "download", "scenes"}
+        return [self.settings.task.model_dump(exclude=others), self.task.digest]
 
     def uploads_for(self, method: Method | str) -> list[Upload]:
         """Return what every client sends for a method: weights, class histogram, statistics, as it needs."""

@@ -1,16 +1,17 @@
 """Several methods on the same clients over several seeds: the table of runs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 from ..core.errors import BadInput
+from ..core.paths import default_store
 from ..core.processes import parallel
 from ..core.progress import progress
-from ..core.store import check_output, write_csv
-from ..methods import find
+from ..core.store import Store, check_output, write_csv
+from ..methods import check_methods, find
 from ..settings import Settings
 from .result import Result
 from .run import Experiment
@@ -26,6 +27,7 @@ ACCOUNT = (
 )
 SECONDS = ("client_seconds", "server_seconds")
 MOST_SEEDS = 10_000
+Pair = tuple[str, Settings]  # a method, and the settings that it runs under
 
 
 def compare(
@@ -34,32 +36,71 @@ def compare(
     store: Path | str | None = None,
     out: Path | None = None,
 ) -> pd.DataFrame:
-    """Run every method under every setting and return one row a run; finished runs come from the store.
+    """Run every method under every setting and return one row a run, as `run_all` does.
 
-    Rewrites the CSV `out`, and beside it the times (`seconds_file`), after every run. Raises BadInput, before
-    any work, for a method or a setting that cannot work.
+    The CSV `out`, and beside it the times (`seconds_file`), is rewritten after every run.
     """
-    if out:
-        check_output(out, f"out={str(out)!r}")
-    experiments = [Experiment(one, store) for one in settings]
-    for experiment in experiments:  # all of them before the first is run
-        experiment.check(methods)
-    clients = {}
-    if any(find(method).needs_weights for method in methods):
-        clients = {e.upload_key(k): (e.settings, k) for e in experiments for k in range(len(e.shards))}
-    clients = list(clients.values())
-    grid = [(one, method) for one in settings for method in methods]
+    pairs = [(method, one) for one in settings for method in methods]
+    return run_all(pairs, store, writer(out) if out else None)
+
+
+def writer(out: Path) -> Callable[[pd.DataFrame], None]:
+    """Return what writes a table of runs to a CSV; BadInput where that cannot be written."""
+    check_output(out, f"out={str(out)!r}")
+    return partial(write_table, out=out)
+
+
+def run_all(
+    pairs: Sequence[Pair],
+    store: Path | str | None = None,
+    save: Callable[[pd.DataFrame], None] | None = None,
+) -> pd.DataFrame:
+    """Run each method under its settings and return one row a run; finished runs come from the store.
+
+    save is given the finished rows after every run, indexed by their places in `pairs`. Raises BadInput,
+    before any work, for a method or a setting that cannot work.
+    """
+    kept = Store(store or default_store())
+    train_clients(check_all(pairs, kept))
     rows: dict[int, dict[str, object]] = {}
-    root = experiments[0].store.root
-    with progress(len(clients) + len(grid), "clients and runs", "part") as bar:
-        for _ in parallel(partial(_train_in_worker, root), clients):
-            bar.update(1)
-        for index, row in parallel(partial(_run_in_worker, root), grid):
+    with progress(len(pairs), "runs", "run") as bar:
+        for index, row in parallel(partial(_run_in_worker, kept.root), pairs):
             rows[index] = row
             bar.update(1)
-            if out:
-                write_table(pd.DataFrame([rows[i] for i in sorted(rows)]), out)
-    return pd.DataFrame([rows[i] for i in range(len(grid))])
+            if save:
+                save(pd.DataFrame([rows[i] for i in sorted(rows)], index=sorted(rows)))
+    return pd.DataFrame([rows[i] for i in range(len(pairs))])
+
+
+def check_all(pairs: Sequence[Pair], store: Store) -> list[tuple[Experiment, list[str]]]:
+    """Raise BadInput, before any work, for a run that cannot work; return clients with their methods.
+
+    Runs that have the same clients share one `Experiment`, so that their images are drawn once.
+    """
+    groups: dict[tuple[object, ...], tuple[Experiment, list[str]]] = {}
+    for method, s in pairs:
+        check_methods([method], s)
+        same = s.seed, s.task, s.partition, s.model, s.client, s.fusefl
+        groups.setdefault(same, (Experiment(s, store), []))[1].append(method)
+    for experiment, methods in groups.values():
+        experiment.check(methods)
+    return list(groups.values())
+
+
+def train_clients(groups: Sequence[tuple[Experiment, Sequence[str]]]) -> None:
+    """Train all clients whose weights some method needs and the store lacks, each once, side by side."""
+    needed = [one for one, methods in groups if any(find(method).needs_weights for method in methods)]
+    todo = {
+        one.upload_key(k): (one.settings, k)
+        for one in needed
+        for k in range(len(one.shards))
+        if not one.store.has("uploads", one.upload_key(k))
+    }
+    if not todo:
+        return
+    with progress(len(todo), "clients", "client") as bar:
+        for _ in parallel(partial(_train_in_worker, needed[0].store.root), list(todo.values())):
+            bar.update(1)
 
 
 def _train_in_worker(store: Path, item: tuple[Settings, int]) -> None:
@@ -67,8 +108,8 @@ def _train_in_worker(store: Path, item: tuple[Settings, int]) -> None:
     Experiment(settings, store).train(client)
 
 
-def _run_in_worker(store: Path, item: tuple[Settings, str]) -> dict[str, object]:
-    settings, method = item
+def _run_in_worker(store: Path, pair: Pair) -> dict[str, object]:
+    method, settings = pair
     return row_of(Experiment(settings, store).result(method))
 
 

@@ -4,6 +4,7 @@
 code.
 """
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from ..core.machine import versions
 from ..core.processes import jobs
 from ..core.progress import progress
-from ..core.store import fingerprint, read_tensors, write_tensors
-from ..evaluation.metrics import share_correct
+from ..core.store import fingerprint, read_tensors, write_json, write_tensors
+from ..evaluation.metrics import accuracy, share_correct
 from ..methods import Method, Outcome, check_methods, find
 from ..settings import Settings
 from ..settings.schema import ModelSettings
 from ..upload import Upload, wire_bytes
 from ..vision.stages import stage_blocks
+from ..vision.vit import weights_digest
 from .clients import Clients
 from .result import Result, code_text, measure, predict_references, read_result, write_result
 
@@ -66,6 +68,7 @@ class Experiment(Clients):
     def reference_predictions(self) -> dict[str, Tensor]:
         """Predicted classes (models, n) on the test split of the references that every run reports."""
         inputs = [[u.digest for u in self.uploads], self.settings.ensemble.model_dump()]
+        inputs.append(self.settings.task.scenes)
         average = not self.settings.mixed  # clients of several architectures have no average
         if not average:
             inputs.append(self.settings.model.name)
@@ -93,6 +96,28 @@ class Experiment(Clients):
         uploads = [u.digest for u in self._addressed_by(record)]
         key = fingerprint("run", method, own, uploads, self.settings.model_dump(), self.task.digest)
         return self.store.get("runs", key, read_result, lambda: self._evaluate(method, key), write_result)
+
+    def validation_accuracy(self, method: str) -> float:
+        """Return a method's accuracy on validation images, its models' mean, from the store if there."""
+        images = self.task.validation
+
+        def measure() -> float:
+            models = self.models(method)
+            return sum(accuracy(model, images) for model in models) / len(models)
+
+        return self.store.get(
+            "validation",
+            self.validation_key(method),
+            read=lambda folder: json.loads((folder / "accuracy.json").read_text()),
+            make=measure,
+            write=lambda value, folder: write_json(folder / "accuracy.json", value),
+        )
+
+    def validation_key(self, method: str) -> str:
+        """Return the address of a method's validation accuracy in the store."""
+        s = self.settings
+        whose = weights_digest(s.model), self.task.digest  # a checkpoint's digest, not its place
+        return fingerprint("validation", method, s.model_dump(exclude={"model": {"checkpoint"}}), *whose)
 
     def _addressed_by(self, method: Method) -> list[Upload]:
         """Return the uploads that address a run: the method's or, for `central`, those of the references."""
@@ -171,6 +196,6 @@ def run(method: str, settings: Settings | None = None, store: Path | str | None 
 
     Raises BadInput, before any training, for an unknown method or settings that cannot work.
     """
-    experiment = Experiment(settings or Settings.load(), store)
+    experiment = Experiment(settings or Settings.load(method=method), store)
     experiment.check([method])
     return experiment.result(method)

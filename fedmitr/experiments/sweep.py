@@ -94,13 +94,15 @@ def sweep(
 ) -> pd.DataFrame:
     """Run a method in every cell and return one row per cell and seed, written to the CSV `out` too.
 
+    Settings that a cell leaves alone are the method's, tuned where the profile has them.
+
     Finished runs come from the store.
     """
     if out:
         check_output(out, f"out={str(out)!r}")
     check_cells(cells)
     grid = [
-        (cell, Settings.load(profile, {**(overrides or {}), **cell.overrides, "seed": seed}))
+        (cell, Settings.load(profile, {**(overrides or {}), **cell.overrides, "seed": seed}, method))
         for cell in cells
         for seed in seeds
     ]

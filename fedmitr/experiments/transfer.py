@@ -13,7 +13,6 @@ The starts that ship are taken as they are; the others are pretrained once and k
 accuracy is, so that the same command goes on where it was stopped.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,11 +26,10 @@ from ..core.errors import BadInput
 from ..core.paths import default_store, home
 from ..core.processes import parallel
 from ..core.progress import progress
-from ..core.store import Store, check_output, fingerprint, write_csv, write_json, write_tensors
+from ..core.store import Store, check_output, fingerprint, write_csv, write_tensors
 from ..data.letters import LETTERS
-from ..evaluation.metrics import accuracy
 from ..settings import Settings, parse_assignment
-from ..vision.vit import MICROS, VIT_MICRO, create_vit, weights_digest
+from ..vision.vit import MICROS, VIT_MICRO, create_vit
 from .compare import parse_seeds
 from .pretrain import BATCH, LR, SEED, STEPS, pretrain
 from .run import Experiment
@@ -112,26 +110,7 @@ def _start(store: Store, threads: int, steps: int) -> dict[str, str]:
 def _accuracies(store: Store, methods: Sequence[str], settings: Settings) -> list[tuple[str, float]]:
     """Return every method with its validation accuracy on the clients of these settings."""
     experiment = Experiment(settings, store)
-    return [(method, _accuracy(experiment, method)) for method in methods]
-
-
-def _accuracy(experiment: Experiment, method: str) -> float:
-    """Return a method's accuracy on validation images, the mean over its models, from the store if there."""
-    settings, images = experiment.settings, experiment.task.validation
-    whose = weights_digest(settings.model), experiment.task.digest  # a checkpoint's digest, not its place
-    key = fingerprint("validation", method, settings.model_dump(exclude={"model": {"checkpoint"}}), *whose)
-
-    def measure() -> float:
-        models = experiment.models(method)
-        return sum(accuracy(model, images) for model in models) / len(models)
-
-    return experiment.store.get(
-        "validation",
-        key,
-        read=lambda folder: json.loads((folder / "accuracy.json").read_text()),
-        make=measure,
-        write=lambda value, folder: write_json(folder / "accuracy.json", value),
-    )
+    return [(method, experiment.validation_accuracy(method)) for method in methods]
 
 
 def parse_lengths(text: str) -> list[int]:

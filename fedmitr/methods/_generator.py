@@ -38,12 +38,15 @@ class GeneratorSettings(StudentSettings):
 
 
 def generator_search(block: str) -> Search:
-    """List what tuning may try for a generator and its student, in a method's block of settings."""
+    """List what tuning may try for a generator and its student, in a method's block of settings.
+
+    At most 240 steps of the generator in all: about the computation of FedMITR's inversion.
+    """
     return {
         **student_search(block),
         f"{block}.lr": Range(5e-4, 1e-1, log=True),
         f"{block}.rounds": (1, 2, 4, 8),
-        f"{block}.generator_steps": (15, 30, 60, 120),
+        f"{block}.generator_steps": (8, 15, 30),
     }
 
 

@@ -99,6 +99,7 @@ class Method:
     How it is set and what it computes:
         settings: its own block of settings, which every run then has under the method's name.
         search: dotted setting -> the `Range`, or the values, that tuning may try.
+        tuned_as: the method whose tuned settings it runs under; by default its own.
         adapt: from the run's settings to those that it works under, where it reads some otherwise.
         work: what its server computes under given settings. By default `inversion.images` images and
             `distill.steps` student steps in the family "synthetic images", nothing in the others.
@@ -127,6 +128,7 @@ class Method:
     citation: str = "yours"
     settings: type[SettingsBlock] | None = None
     search: Search = field(default_factory=dict, hash=False)
+    tuned_as: str = ""
     adapt: Callable[[Settings], Settings] | None = None
     work: Callable[[Settings], Work] | None = None
     given: Given = "uploads"
@@ -139,8 +141,9 @@ class Method:
     exchanges: int | str = 1
 
     def __post_init__(self) -> None:
-        if not self.label:
-            object.__setattr__(self, "label", self.name)
+        for field_name in ("label", "tuned_as"):
+            if not getattr(self, field_name):
+                object.__setattr__(self, field_name, self.name)
 
     def __call__(self, given: Sequence[Any], settings: Settings, store: Store, *more: Any) -> Outcome:
         """Run the method under its own reading of the settings; BadInput for uploads that lack a part."""

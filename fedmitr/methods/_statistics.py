@@ -19,10 +19,9 @@ from ..vision.vit import weights_digest
 from ._method import Outcome, Search
 from ._start import initial_model
 
-SUMS: Search = {  # what tuning may try for the sums, the same for every method that solves for a head
-    "statistics.tokens": ("cls", "patches", "both", "regions"),
-    "statistics.views": (0, 2, 4, 8),
-}
+# What tuning may try for the features of every published method that solves for a head. Regions and moved
+# copies are ours: ridge_plus.py has them.
+SUMS: Search = {"statistics.tokens": ("cls", "patches", "both")}
 Model = tuple[ModelShape, dict[str, Tensor]]  # a model in a message: its shape and its weights
 
 

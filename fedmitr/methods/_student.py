@@ -50,6 +50,7 @@ def student_search(block: str) -> Search:
     """List what tuning may try for the student of a method with this block of settings, and its teacher."""
     return {
         "ensemble.mode": ("mean_probs", "mean_logits", "size", "class"),
+        "distill.start": ("average", "initial"),
         f"{block}.student_lr": Range(1e-4, 2e-3, log=True),
         f"{block}.kd_temperature": Range(1.0, 20.0, log=True),
         f"{block}.ce_weight": (0.0, 0.1, 0.25, 0.5, 1.0),

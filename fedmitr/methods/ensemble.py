@@ -14,4 +14,11 @@ def ensemble(uploads: Sequence[Upload], settings: Settings, store: Store) -> Out
     return Outcome([build_ensemble(uploads, settings)])
 
 
-METHOD = Method(name="ensemble", run=ensemble, family="reference", citation="", single_model=False)
+METHOD = Method(
+    name="ensemble",
+    run=ensemble,
+    family="reference",
+    citation="",
+    search={"ensemble.mode": ("mean_probs", "mean_logits", "size", "class")},
+    single_model=False,
+)

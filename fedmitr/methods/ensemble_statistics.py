@@ -7,7 +7,7 @@ from ..core.store import Store
 from ..server.joint import EnsembleWithStatistics
 from ..settings import Settings
 from ..upload import Upload
-from ._method import Method, Outcome, Range
+from ._method import Method, Outcome
 from ._start import build_ensemble
 from ._statistics import ridge_classifier
 from .fedmitr_plus import with_additions
@@ -28,7 +28,7 @@ METHOD = Method(
     label="ensemble + statistics",
     family="reference",
     citation="",
-    search={"statistics.weight": Range(1.0, 30.0, log=True)},
+    tuned_as="fedmitr_plus",
     adapt=with_additions,
     single_model=False,
     needs_statistics=True,

@@ -112,7 +112,7 @@ METHOD = Method(
         "inversion.lr": Range(0.1, 1.0, log=True),
         "inversion.augment": (0.0, 0.35, 0.7, 1.0),
         "fadi.rounds": (1, 2, 4),
-        "fadi.iterations": (31, 62, 124),
+        "fadi.iterations": (31, 62),
         "fadi.competition": (0.0, 0.2, 1.0, 3.0),
     },
     work=lambda settings: Work(

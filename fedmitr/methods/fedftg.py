@@ -156,7 +156,7 @@ METHOD = Method(
     search={
         **{name: values for name, values in generator_search("fedftg").items() if name != "ensemble.mode"},
         "fedftg.rounds": (1, 4, 20, 80),
-        "fedftg.generator_steps": (1, 3, 10, 20),
+        "fedftg.generator_steps": (1, 3),
         "fedftg.classification": (0.3, 1.0, 3.0, 10.0, 30.0),
         "fedftg.diversity": (0.0, 1.0, 3.0),
     },

@@ -116,7 +116,11 @@ def towards_start(outcome: Outcome, uploads: Sequence[Upload], settings: Setting
     return outcome
 
 
-SUMS = {"fedmitr_plus.regions": (False, True), "fedmitr_plus.views": (0, 2, 4, 8)}  # what tuning may try
+SUMS = {  # what tuning may try for the sums and the head that solves them, here and in ridge_plus.py
+    "fedmitr_plus.regions": (False, True),
+    "fedmitr_plus.views": (0, 2, 4, 8),
+    "statistics.ridge": RIDGE["statistics.ridge"],
+}
 
 METHOD = Method(
     name="fedmitr_plus",
@@ -125,19 +129,14 @@ METHOD = Method(
     citation="ours, on FedMITR",
     settings=FedmitrPlusSettings,
     search={
-        **{name: values for name, values in SEARCH.items() if name != "ensemble.mode"},
-        "statistics.weight": Range(1.0, 30.0, log=True),
         **SUMS,
-        "statistics.ridge": RIDGE["statistics.ridge"],
-        "fedmitr_plus.closed_form": (False, True),
+        "statistics.weight": Range(1.0, 30.0, log=True),
+        **{name: SEARCH[name] for name in ("inversion.tv", "inversion.lr", "distill.temperature")},
         "fedmitr_plus.student_lr": Range(1e-5, 1e-3, log=True),
         "fedmitr_plus.start_share": (0.0, 0.25, 0.5, 0.75),
-        "fedmitr_plus.whole_images": (False, True),
+        "fedmitr_plus.owners": (False, True),
+        "fedmitr_plus.class_weights": (False, True),
         "fedmitr_plus.affine": (0.0, 0.35, 0.7, 1.0),
-        "fedmitr_plus.textures": (False, True),
-        "fedmitr_plus.offsets": (0.0, 0.005, 0.02, 0.1),
-        "fedmitr_plus.label_ce": (0.0, 0.1, 0.25, 0.5, 1.0),
-        "fedmitr_plus.half_soft": (0.0, 0.25, 0.5, 1.0),
     },
     adapt=with_additions,
     work=fedmitr_work,

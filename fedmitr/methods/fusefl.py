@@ -105,7 +105,11 @@ METHOD = Method(
     family="fusion",
     citation="Tang et al., NeurIPS 2024",
     settings=FuseflSettings,
-    search={"fusefl.stages": (1, 2, 4), "fusefl.adaptor": ("average", "linear")},
+    search={
+        "ensemble.mode": ("mean_probs", "mean_logits", "size", "class"),
+        "fusefl.stages": (1, 2, 4),
+        "fusefl.adaptor": ("average", "linear"),
+    },
     given="stages",
     averages=True,
     single_model=False,

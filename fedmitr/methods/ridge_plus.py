@@ -11,7 +11,7 @@ from ..settings import Settings
 from ..upload import Upload
 from ._method import Method, Outcome
 from .fedmitr_plus import SUMS, with_additions
-from .ridge import SEARCH, ridge
+from .ridge import ridge
 
 
 def ridge_plus(uploads: Sequence[Upload], settings: Settings, store: Store) -> Outcome:
@@ -25,7 +25,7 @@ METHOD = Method(
     label="ridge+",
     family="statistics",
     citation="ours, on AFL and Fed3R",
-    search=SUMS | {"statistics.ridge": SEARCH["statistics.ridge"]},
+    search=SUMS,
     adapt=with_additions,
     needs_weights=False,
     needs_statistics=True,

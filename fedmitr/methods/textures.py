@@ -52,6 +52,7 @@ def substitute(name: str, run, **more) -> Method:
         run=run,
         family="reference",
         citation="",
+        tuned_as="fedmitr_plus",
         adapt=with_additions,
         work=lambda settings: Work(images=settings.inversion.images, student_steps=settings.distill.steps),
         needs_statistics="ensemble.anchor",

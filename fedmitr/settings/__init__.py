@@ -10,6 +10,7 @@ from .load import (
     number,
     parse_assignment,
     read_profile,
+    tuned_values,
 )
 from .schema import SettingsBlock, setting
 
@@ -25,4 +26,5 @@ __all__ = [
     "parse_assignment",
     "read_profile",
     "setting",
+    "tuned_values",
 ]

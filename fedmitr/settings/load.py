@@ -29,6 +29,7 @@ from .schema import (
 )
 
 PROFILES = ("smoke", "laptop", "gpu", "paper")
+TUNED = "results/tuned.yaml"  # profile -> shared start -> method -> dotted setting: value; by `fedmitr tune`
 
 
 class Settings(SettingsBlock):
@@ -74,13 +75,20 @@ class Settings(SettingsBlock):
         return self
 
     @classmethod
-    def load(cls, profile: str = "laptop", overrides: dict[str, Any] | None = None) -> "Settings":
+    def load(
+        cls, profile: str = "laptop", overrides: Mapping[str, Any] | None = None, method: str | None = None
+    ) -> "Settings":
         """Return a profile's settings with dotted overrides, such as {"partition.alpha": 0.1}.
 
-        Raises BadInput, one line, for an unknown profile or setting and a value out of range.
+        method: with the values that were tuned for this method under this profile and start, where there are
+        any; overrides go before them. Raises BadInput, one line, for an unknown profile or setting and a
+        value out of range.
         """
-        tree = read_profile(profile)
-        for name, value in (overrides or {}).items():
+        tree, overrides = read_profile(profile), dict(overrides or {})
+        if method:
+            start = overrides.get("model.name", tree.get("model", {}).get("name", ModelSettings().name))
+            overrides = tuned_values(profile, start, method) | overrides
+        for name, value in overrides.items():
             _assign(tree, name, value)
         return build(tree)
 
@@ -132,6 +140,13 @@ def read_profile(profile: str) -> dict[str, Any]:
     for name, value in flat.items():
         _assign(tree, name, value)
     return tree
+
+
+def tuned_values(profile: str, start: str, method: str) -> dict[str, Any]:
+    """Return the dotted settings that were tuned for a method from a shared start; empty where none were."""
+    file = shipped(TUNED)
+    tree = yaml.safe_load(file.read_text()) if file.exists() else {}
+    return dict(tree.get(profile, {}).get(start, {}).get(method, {}))
 
 
 def _assign(tree: dict[str, Any], name: str, value: Any) -> None:

@@ -56,6 +56,12 @@ class TaskSettings(SettingsBlock):
         (0.55, 0.75), "smallest and largest side of a digit, as shares of the image's"
     )
     degrees: NotNegative = setting(15.0, "largest rotation of a digit, in degrees")
+    scenes: int = setting(
+        1,
+        "scenes of each validation and test digit: more of them average out its place; training has one",
+        ge=1,
+        le=100,
+    )
     data_dir: str | None = setting(
         None, "folder of the image files; torchvision's data sets have a default, data/downloads"
     )

@@ -9,7 +9,7 @@ from helpers import small_settings
 import fedmitr as fm
 import fedmitr.experiments.transfer as module
 from fedmitr.core.errors import BadInput
-from fedmitr.experiments import clients
+from fedmitr.experiments import clients, run
 from fedmitr.experiments.pretrain import pretrain
 from fedmitr.experiments.transfer import transfer
 
@@ -51,7 +51,7 @@ def test_a_row_is_the_validation_accuracy_of_a_run_from_that_start(table, folder
 def test_the_same_call_goes_on_from_the_store_and_writes_the_same_bytes(table, folder, forbid):
     forbid(module, "pretrain")
     forbid(clients, "train_client")
-    forbid(module, "accuracy")
+    forbid(run, "accuracy")
     file = folder / "out" / "b.csv"
     again = transfer(small_settings(), LENGTHS, METHODS, SEEDS, folder / "store", file)
     assert again.equals(table)

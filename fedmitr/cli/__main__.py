@@ -1,0 +1,5 @@
+"""`python -m fedmitr.cli` is `fedmitr`."""
+
+from . import main
+
+main()

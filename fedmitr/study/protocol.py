@@ -1,0 +1,191 @@
+"""The protocol: what the study runs and how it is judged, in a file that is committed before the first run.
+
+results/protocol.yaml names grounds (a start and a skew, with seeds and methods), panels (cells of one method,
+on a ground), claims, the test, and all settings, so that a study under other ones is refused.
+"""
+
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..core.errors import BadInput
+from ..core.paths import shipped
+from ..core.store import write_text
+from ..experiments.compare import parse_seeds
+from ..methods import METHODS, find, in_order
+from ..settings import Settings, tuned_values
+
+PROTOCOL = "results/protocol.yaml"
+Overrides = dict[str, Any]  # dotted setting -> value
+
+
+class Part(BaseModel):
+    """A part of the study: its seeds, such as 30-49, and the settings that its runs share."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    seeds: str
+    settings: Overrides = {}
+
+
+class Ground(Part):
+    """A start and a skew, on which methods are compared; methods: all, unless some are named."""
+
+    role: Literal["primary", "secondary"]
+    methods: tuple[str, ...] = ()
+
+
+class Panel(Part):
+    """Cells of one method: name -> settings; the first is the one that the others are compared with."""
+
+    method: str
+    cells: dict[str, Overrides] = Field(min_length=2)
+
+
+class Claim(BaseModel):
+    """A claim that one method, or cell, is more accurate than others.
+
+    on: grounds, or one panel; better: a method or cell; than: methods or cells, or "rivals": all that take
+    one exchange and leave one model, or "images": those of them that make synthetic images.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    claim: str
+    source: str
+    on: tuple[str, ...]
+    better: str
+    than: tuple[str, ...] | Literal["rivals", "images"]
+
+
+class Protocol(BaseModel):
+    """The protocol of a study.
+
+    level: of the test, two-sided. size: a lead in accuracy that is worth a claim. defaults: every setting of
+    the profile, dotted, as it was when the protocol was written; tuned: start -> method -> settings.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    profile: str
+    settings: Overrides
+    level: float = Field(gt=0, lt=1)
+    size: float = Field(ge=0, lt=1)
+    grounds: dict[str, Ground]
+    panels: dict[str, Panel]
+    claims: tuple[Claim, ...]
+    defaults: Overrides = {}
+    tuned: dict[str, dict[str, Overrides]] = {}
+
+    def part(self, name: str) -> Ground | Panel:
+        """Return a ground or a panel by its name; BadInput for another name."""
+        parts = {**self.grounds, **self.panels}
+        if name not in parts:
+            raise BadInput(f"part={name!r} is not in the protocol: allowed are {', '.join(parts)}")
+        return parts[name]
+
+    def methods_of(self, ground: Ground) -> list[str]:
+        """List the methods of a ground in the order of tables."""
+        return in_order(ground.methods or [name for name, method in METHODS.items() if method.is_shipped])
+
+
+def read_protocol(path: Path | None = None) -> Protocol:
+    """Read a protocol, by default the one that ships; BadInput, one line, for one that cannot be used."""
+    path = path or shipped(PROTOCOL)
+    try:
+        protocol = Protocol.model_validate(yaml.safe_load(path.read_text()))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadInput(f"protocol={str(path)!r} cannot be read as YAML") from error
+    except ValidationError as failure:
+        error = failure.errors()[0]
+        where = ".".join(map(str, error["loc"]))
+        raise BadInput(f"protocol={str(path)!r}: {where}: {error['msg']}") from None
+    _check_names(protocol)
+    return protocol
+
+
+def _check_names(protocol: Protocol) -> None:
+    """Raise BadInput for a method that is unknown, and for a claim about what is not run."""
+    for ground in protocol.grounds.values():
+        protocol.methods_of(ground)
+        for name in ground.methods:
+            find(name)
+    for panel in protocol.panels.values():
+        find(panel.method)
+    for claim in protocol.claims:
+        named = () if isinstance(claim.than, str) else claim.than
+        for where in claim.on:
+            part = protocol.part(where)
+            known = list(part.cells) if isinstance(part, Panel) else protocol.methods_of(part)
+            for name in (claim.better, *named):
+                if name not in known:
+                    raise BadInput(f"claim {claim.claim!r}: {name!r} is not run on {where!r}")
+
+
+def planned(protocol: Protocol) -> pd.DataFrame:
+    """List every run of a study, a row each: part, cell, method, seed, and its `Settings`.
+
+    Primary grounds come first, then panels, then secondary grounds; in each, seed by seed. The cell of a
+    ground is the method's name.
+    """
+    first = {name: ground for name, ground in protocol.grounds.items() if ground.role == "primary"}
+    rows = []
+    for name in dict.fromkeys(chain(first, protocol.panels, protocol.grounds)):
+        part = protocol.part(name)
+        if isinstance(part, Panel):
+            cells = [(cell, part.method, changes) for cell, changes in part.cells.items()]
+        else:
+            cells = [(method, method, {}) for method in protocol.methods_of(part)]
+        for seed in parse_seeds(part.seeds):
+            for cell, method, changes in cells:
+                overrides = {**protocol.settings, **part.settings, **changes, "seed": seed}
+                rows.append((name, cell, method, seed, Settings.load(protocol.profile, overrides, method)))
+    return pd.DataFrame(rows, columns=["part", "cell", "method", "seed", "run under"])
+
+
+def settings_now(protocol: Protocol) -> tuple[Overrides, dict[str, dict[str, Overrides]]]:
+    """Return what `defaults` and `tuned` of the protocol would be if it was written now."""
+    tree = Settings.load(protocol.profile, protocol.settings).model_dump(mode="json")
+    flat: Overrides = {}
+    for block, values in tree.items():
+        flat |= (
+            {f"{block}.{k}": v for k, v in values.items()} if isinstance(values, dict) else {block: values}
+        )
+    parts = [*protocol.grounds.values(), *protocol.panels.values()]
+    starts = dict.fromkeys(part.settings.get("model.name", flat["model.name"]) for part in parts)
+    found = {s: {m: tuned_values(protocol.profile, s, m) for m in METHODS} for s in starts}
+    return flat, {s: {m: v for m, v in values.items() if v} for s, values in found.items()}
+
+
+def check_unchanged(protocol: Protocol) -> None:
+    """Raise BadInput, naming the first setting, where settings are not those that the protocol has.
+
+    Settings that did not exist then are passed over.
+    """
+    if not protocol.defaults:
+        raise BadInput("protocol has no settings yet: `fedmitr study --freeze` writes them, before any run")
+    flat, tuned = settings_now(protocol)
+    for name, value in protocol.defaults.items():
+        if flat.get(name) != value:
+            raise BadInput(f"{name}={flat.get(name)!r} is not what the protocol was written with, {value!r}")
+    for start in dict.fromkeys([*protocol.tuned, *tuned]):
+        was, now = protocol.tuned.get(start, {}), tuned.get(start, {})
+        for method in dict.fromkeys([*was, *now]):
+            if was.get(method) != now.get(method):
+                raise BadInput(
+                    f"tuned settings of method={method!r} from {start!r} are {now.get(method)!r}, not what "
+                    f"the protocol was written with, {was.get(method)!r}"
+                )
+
+
+def freeze_settings(path: Path) -> None:
+    """Write all settings of now into a protocol; BadInput where it has some already."""
+    protocol = read_protocol(path)
+    if protocol.defaults or protocol.tuned:
+        raise BadInput(f"protocol={str(path)!r} has its settings already: it is not changed any more")
+    flat, tuned = settings_now(protocol)
+    text = (
+        path.read_text().rstrip() + "\n\n# Written by `fedmitr study --freeze`: every setting of all runs.\n"
+    )
+    write_text(text + yaml.safe_dump({"defaults": flat, "tuned": tuned}, sort_keys=False), path)

@@ -1,0 +1,100 @@
+"""The study: every run of the protocol, once; its table is what all verdicts are read from.
+
+A stopped study goes on from its table and from the store. A part of it can be run again, to compare.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from ..core.errors import BadInput
+from ..core.paths import default_store
+from ..core.store import Store, check_output, fingerprint, write_csv
+from ..experiments.compare import ACCOUNT, SECONDS, run_all, seconds_file
+from .protocol import Protocol, check_unchanged, planned
+
+KEYS = ("part", "cell", "method", "seed")
+COLUMNS = (*KEYS, "accuracy", *ACCOUNT, "settings")
+
+
+def study(protocol: Protocol, store: Path | str | None = None, out: Path | None = None) -> pd.DataFrame:
+    """Run the protocol and return one row a run, written to the CSV `out` too, and its times beside it.
+
+    Columns: `COLUMNS`, where settings is a hash of the run's, and `SECONDS`. Rows of `out` with the same
+    settings are taken over. Raises BadInput, before any work, where settings are not the protocol's.
+    """
+    check_unchanged(protocol)
+    if out:
+        check_output(out, f"out={str(out)!r}")
+    Store(store or default_store())
+    plan = _with_digests(planned(protocol))
+    place = plan.reset_index(names="place")[["place", *KEYS, "settings"]]
+    there = read_study(out) if out and out.exists() else pd.DataFrame(columns=[*COLUMNS, *SECONDS])
+    there = place.merge(there, on=[*KEYS, "settings"]).set_index("place").rename_axis(None)
+    todo = plan.drop(there.index)
+
+    def whole(found: pd.DataFrame) -> pd.DataFrame:
+        """Join the rows that are there already and those of finished runs, in the protocol's order."""
+        ran = found.set_axis(todo.index[found.index])
+        new = todo.join(ran[["accuracy", *ACCOUNT, *SECONDS]], how="inner")
+        return pd.concat([part for part in (there, new) if len(part)])[[*COLUMNS, *SECONDS]].sort_index()
+
+    def save(found: pd.DataFrame) -> None:
+        write_study(whole(found), out)
+
+    runs = run_all(list(zip(todo["method"], todo["run under"], strict=True)), store, save if out else None)
+    return whole(runs) if len(runs) else there[[*COLUMNS, *SECONDS]].sort_index()
+
+
+def rerun(
+    protocol: Protocol,
+    stored: pd.DataFrame,
+    part: str,
+    cells: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    store: Path | str | None = None,
+) -> pd.DataFrame:
+    """Run some rows of a study again; return their keys, the stored accuracy and the one of now.
+
+    cells: methods of a ground, or cells of a panel; by default all, and all seeds. Raises BadInput for what
+    the protocol does not have.
+    """
+    protocol.part(part)
+    plan = planned(protocol)
+    plan = plan[plan["part"] == part]
+    for name, chosen, known in (("cell", cells, plan["cell"]), ("seed", seeds, plan["seed"])):
+        if unknown := [one for one in chosen if one not in set(known)]:
+            allowed = ", ".join(map(str, dict.fromkeys(known)))
+            raise BadInput(f"{name}={unknown[0]!r} is not run on {part!r}: allowed are {allowed}")
+    plan = plan[plan["cell"].isin(cells or plan["cell"]) & plan["seed"].isin(seeds or plan["seed"])]
+    runs = run_all(list(zip(plan["method"], plan["run under"], strict=True)), store)
+    table = plan[list(KEYS)].reset_index(drop=True).assign(now=runs["accuracy"].round(6))
+    table = table.merge(stored[[*KEYS, "accuracy"]], on=list(KEYS), how="left")
+    return table.rename(columns={"accuracy": "stored"})[[*KEYS, "stored", "now"]]
+
+
+def _with_digests(plan: pd.DataFrame) -> pd.DataFrame:
+    """Add a hash of each run's settings, with the machine's kind and the versions that results depend on."""
+    digests = [fingerprint("study", run.method, run[-1].model_dump()) for run in plan.itertuples(index=False)]
+    return plan.assign(settings=digests)
+
+
+def write_study(table: pd.DataFrame, out: Path) -> None:
+    """Write the CSV of a study, and its times beside it."""
+    write_csv(table[list(COLUMNS)], out, digits=6)
+    write_csv(table[[*KEYS, *SECONDS]], seconds_file(out), digits=3)
+
+
+def read_study(path: Path) -> pd.DataFrame:
+    """Read what `write_study` wrote; BadInput for another table. Seconds are NaN where their file is gone."""
+    table = pd.read_csv(path)
+    if set(table.columns) != set(COLUMNS):
+        raise BadInput(f"study={str(path)!r} is no table of a study: it has other columns")
+    beside = seconds_file(path)
+    seconds = (
+        pd.read_csv(beside)
+        if beside.exists()
+        else table[list(KEYS)].assign(**dict.fromkeys(SECONDS, float("nan")))
+    )
+    return table.merge(seconds, on=list(KEYS), how="left")

@@ -1,0 +1,69 @@
+"""analysis.py: paired differences against scipy and statsmodels, Holm's intervals against its decisions."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+from fedmitr.study.analysis import DIFFERENCE, differences, holm_levels
+
+
+def scores(seed=0, seeds=12, columns="abcdef"):
+    rng = np.random.default_rng(seed)
+    values = rng.normal(0.8, 0.05, (seeds, 1)) + rng.normal(0, 0.02, (seeds, len(columns)))
+    values += 0.01 * np.arange(len(columns))
+    return pd.DataFrame(values, columns=list(columns), index=range(30, 30 + seeds))
+
+
+PAIRS = [(name, "a") for name in "bcdef"]
+
+
+def test_a_difference_is_the_paired_t_test_of_scipy():
+    table, found = scores(), differences(scores(), PAIRS)
+    assert list(found.columns) == DIFFERENCE
+    for one, other in PAIRS:
+        test, row = stats.ttest_rel(table[one], table[other]), found.loc[one, other]
+        assert row["p"] == pytest.approx(test.pvalue)
+        assert (row["low"], row["high"]) == pytest.approx(tuple(test.confidence_interval(0.95)))
+        gap = table[one] - table[other]
+        assert row["difference"] == pytest.approx(gap.mean())
+        assert (row["wins"], row["losses"], row["seeds"]) == ((gap > 0).sum(), (gap < 0).sum(), 12)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([0.01, 0.05, 0.2]))
+def test_holms_interval_excludes_zero_exactly_where_statsmodels_rejects(seed, level):
+    found = differences(scores(seed), PAIRS, level)
+    rejected, adjusted, _, _ = multipletests(found["p"], level, method="holm")
+    assert np.allclose(found["p Holm"], adjusted)
+    outside = (found["low Holm"] > 0) | (found["high Holm"] < 0)
+    assert outside.tolist() == rejected.tolist()
+
+
+@given(st.lists(st.floats(1e-9, 1), min_size=1, max_size=12))
+def test_holm_levels_by_the_steps_of_the_procedure(p_values):
+    m, expected, stopped = len(p_values), {}, None
+    for place, index in enumerate(np.argsort(p_values, kind="stable")):
+        step = 0.05 / (m - place) if stopped is None else stopped
+        expected[index] = step
+        if stopped is None and p_values[index] > step:
+            stopped = step
+    assert holm_levels(p_values, 0.05).tolist() == [expected[i] for i in range(m)]
+
+
+def test_seeds_that_one_of_two_lacks_are_left_out():
+    table = scores()
+    table.loc[30, "b"] = np.nan
+    row = differences(table, [("b", "a")]).iloc[0]
+    assert row["seeds"] == 11
+    assert row["difference"] == pytest.approx((table["b"] - table["a"])[1:].mean())
+
+
+@pytest.mark.parametrize("seeds", [1, 5])
+def test_what_is_the_same_on_every_seed_is_not_tested(seeds):
+    table = scores(seeds=seeds, columns="a").assign(b=lambda t: t["a"] + 0.01)
+    row = differences(table, [("b", "a")]).iloc[0]
+    assert row["p"] == row["p Holm"] == 1
+    assert row["low Holm"] == row["high Holm"] == pytest.approx(0.01)

@@ -1,0 +1,113 @@
+"""protocol.py: what is run and under which settings, and what is refused."""
+
+import pytest
+import yaml
+from helpers import SMALL_SETTINGS
+from small_protocol import METHODS, PROTOCOL
+
+from fedmitr.core.errors import BadInput
+from fedmitr.settings import Settings
+from fedmitr.study import protocol as module
+from fedmitr.study.protocol import check_unchanged, freeze_settings, planned, read_protocol, settings_now
+
+
+def test_every_run_of_the_protocol_is_planned_once_primary_grounds_first(protocol):
+    plan = planned(protocol)
+    assert list(dict.fromkeys(plan["part"])) == ["early", "heads", "later"]
+    early = plan[plan["part"] == "early"]
+    assert sorted(zip(early["seed"], early["method"], strict=True)) == sorted(
+        (seed, method) for seed in (30, 31) for method in METHODS
+    )
+    heads = plan[plan["part"] == "heads"]
+    assert heads["cell"].tolist() == ["λ = 1", "λ = 100"] * 2 and set(heads["method"]) == {"ridge"}
+    for run in plan.itertuples(index=False):
+        s = run[-1]
+        assert s.seed == run.seed and s.task.scenes == 2
+        assert s.model.name == ("vit_micro_early" if run.part == "early" else "vit_micro")
+        assert s.statistics.ridge == (100 if run.cell == "λ = 100" else 1)
+        assert s.partition.alpha == (0.5 if run.part == "later" else SMALL_SETTINGS["partition.alpha"])
+
+
+def test_a_run_is_under_the_values_that_were_tuned_for_its_start_and_a_cell_goes_before_them(
+    file, monkeypatch
+):
+    import fedmitr.settings.load as load
+
+    def tuned(profile, start, method):
+        return (
+            {"statistics.ridge": 7.0} if (profile, start, method) == ("smoke", "vit_micro", "ridge") else {}
+        )
+
+    monkeypatch.setattr(load, "tuned_values", tuned)
+    monkeypatch.setattr(module, "tuned_values", tuned)
+    freeze_settings(file)
+    plan = planned(read_protocol(file))
+    found = {(r.part, r.cell): r[-1].statistics.ridge for r in plan.itertuples(index=False)}
+    assert found["heads", "λ = 1"] == 7 and found["heads", "λ = 100"] == 100
+    assert found["early", "ridge"] == found["later", "ncm"] == 1
+    assert read_protocol(file).tuned == {
+        "vit_micro": {"ridge": {"statistics.ridge": 7.0}},
+        "vit_micro_early": {},
+    }
+
+
+def test_settings_that_have_changed_are_refused_by_name(protocol, one_line):
+    check_unchanged(protocol)
+    other = protocol.model_copy(update={"defaults": protocol.defaults | {"distill.lr": 1.0}})
+    with pytest.raises(BadInput) as error:
+        check_unchanged(other)
+    one_line(error.value, "distill.lr", "1.0", str(protocol.defaults["distill.lr"]))
+
+
+def test_tuned_values_that_have_changed_are_refused_by_method(protocol, one_line):
+    other = protocol.model_copy(update={"tuned": {"vit_micro": {"dense": {"dense.lr": 0.5}}}})
+    with pytest.raises(BadInput) as error:
+        check_unchanged(other)
+    one_line(error.value, "'dense'", "vit_micro", "0.5")
+
+
+def test_a_setting_that_is_new_since_then_is_passed_over(protocol):
+    older = {name: value for name, value in protocol.defaults.items() if name != "distill.lr"}
+    check_unchanged(protocol.model_copy(update={"defaults": older}))
+
+
+def test_a_protocol_without_settings_does_not_run_and_one_with_them_is_not_written_again(file, one_line):
+    with pytest.raises(BadInput, match="--freeze"):
+        check_unchanged(read_protocol(file))
+    freeze_settings(file)
+    before = file.read_bytes()
+    with pytest.raises(BadInput) as error:
+        freeze_settings(file)
+    one_line(error.value, "already")
+    assert file.read_bytes() == before
+
+
+def test_frozen_settings_are_all_settings_of_the_profile_as_yaml_reads_them_again(file):
+    flat, _ = settings_now(read_protocol(file))
+    freeze_settings(file)
+    tree = yaml.safe_load(file.read_text())
+    assert tree["defaults"] == flat == read_protocol(file).defaults
+    assert Settings.load("laptop", flat).model_dump(mode="json") == Settings.load(
+        "smoke", PROTOCOL["settings"]
+    ).model_dump(mode="json")
+
+
+BAD = {
+    "not yaml": (lambda p: "[", "YAML"),
+    "unknown field": (lambda p: p | {"colour": 1}, "colour"),
+    "unknown method": (lambda p: p["grounds"]["later"].update(methods=["nope"]) or p, "nope"),
+    "claim about another part": (lambda p: p["claims"][0].update(on=["nowhere"]) or p, "nowhere"),
+    "claim about what is not run": (lambda p: p["claims"][2].update(than=["dense"]) or p, "dense"),
+    "panel of one cell": (lambda p: p["panels"]["heads"].update(cells={"a": {}}) or p, "cells"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_protocol_that_cannot_be_used_is_refused_in_one_line(case, tmp_path, one_line):
+    change, word = BAD[case]
+    made = change(yaml.safe_load(yaml.safe_dump(PROTOCOL)))
+    path = tmp_path / "bad.yaml"
+    path.write_text(made if isinstance(made, str) else yaml.safe_dump(made))
+    with pytest.raises(BadInput) as error:
+        read_protocol(path)
+    one_line(error.value, word)

@@ -1,0 +1,85 @@
+"""run.py: the study runs the protocol once, goes on where it was, and parts of it can be run again."""
+
+import pandas as pd
+import pytest
+
+import fedmitr as fm
+from fedmitr.core.errors import BadInput
+from fedmitr.experiments import compare
+from fedmitr.study.protocol import planned
+from fedmitr.study.run import COLUMNS, read_study, rerun, study
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("study")
+
+
+@pytest.fixture
+def few(protocol):
+    """The protocol with methods on sums alone: no client trains."""
+    early = protocol.grounds["early"].model_copy(update={"methods": ("ridge", "ncm")})
+    return protocol.model_copy(update={"grounds": protocol.grounds | {"early": early}, "claims": ()})
+
+
+@pytest.fixture
+def runs(few, folder):
+    return study(few, folder / "store", folder / "study.csv")
+
+
+def test_a_row_is_the_test_accuracy_of_its_run(runs, few, tmp_path):
+    plan = planned(few)
+    assert runs[["part", "cell", "method", "seed"]].equals(plan[["part", "cell", "method", "seed"]])
+    for row, run in zip(runs.itertuples(), plan.itertuples(index=False), strict=True):
+        if run.seed == 30:
+            found = fm.run(run.method, run[-1], tmp_path / "store")
+            assert row.accuracy == pytest.approx(found.accuracy, abs=1e-6)
+            assert row.upload_bytes == found.upload_bytes
+    assert runs["accuracy"].nunique() > 2
+
+
+def test_the_table_is_read_as_it_was_written(runs, folder):
+    read = read_study(folder / "study.csv")
+    pd.testing.assert_frame_equal(read[[*COLUMNS]], runs[[*COLUMNS]], check_dtype=False, atol=1e-6)
+
+
+def test_a_study_goes_on_from_its_table_alone(runs, few, folder, tmp_path, monkeypatch):
+    whole = (folder / "study.csv").read_bytes()
+    out = tmp_path / "study.csv"
+    lines = whole.decode().splitlines(keepends=True)
+    out.write_text("".join(lines[:3]))  # the first two runs
+    ran = []
+    usual = compare._run_in_worker
+    monkeypatch.setattr(compare, "_run_in_worker", lambda store, pair: ran.append(pair) or usual(store, pair))
+    study(few, tmp_path / "store", out)
+    assert len(ran) == len(runs) - 2
+    assert out.read_bytes() == whole
+
+
+def test_rows_of_other_settings_are_run_anew(runs, few, folder, tmp_path):
+    out = tmp_path / "study.csv"
+    table = pd.read_csv(folder / "study.csv").assign(settings="other", accuracy=0.0)
+    table.to_csv(out, index=False)
+    study(few, folder / "store", out)
+    assert out.read_bytes() == (folder / "study.csv").read_bytes()
+
+
+def test_some_rows_again_from_an_empty_store(runs, few, tmp_path):
+    table = rerun(few, runs, "early", ["ncm"], [31], tmp_path / "store")
+    assert table[["cell", "seed"]].values.tolist() == [["ncm", 31]]
+    assert table["stored"].item() == pytest.approx(table["now"].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("chosen", [("nowhere",), ("early", ["dense"]), ("early", ["ncm"], [7])])
+def test_rows_that_the_protocol_does_not_have_are_refused(chosen, few, runs, one_line):
+    with pytest.raises(BadInput) as error:
+        rerun(few, runs, *chosen)
+    one_line(error.value, "allowed are" if len(chosen) > 1 else "nowhere")
+
+
+def test_changed_settings_are_refused_before_any_work(few, tmp_path, forbid):
+    forbid(compare, "_run_in_worker")
+    other = few.model_copy(update={"defaults": few.defaults | {"distill.lr": 1.0}})
+    with pytest.raises(BadInput, match=r"distill\.lr"):
+        study(other, tmp_path / "store", tmp_path / "study.csv")
+    assert not (tmp_path / "study.csv").exists()

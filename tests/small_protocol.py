@@ -13,7 +13,7 @@ PROTOCOL = {
             "role": "secondary",
             "seeds": "30",
             "settings": {"partition.alpha": 0.5},
-            "methods": ["ncm"],
+            "methods": ["ncm", "fedmitr_plus"],
         },
         "early": {
             "role": "primary",
@@ -26,7 +26,11 @@ PROTOCOL = {
         "heads": {
             "seeds": "30-31",
             "method": "ridge",
-            "cells": {"λ = 1": {}, "λ = 100": {"statistics.ridge": 100.0}},
+            "cells": {
+                "λ = 1": {},
+                "λ = 100": {"statistics.ridge": 100.0},
+                "means": {"method": "ncm", "statistics.tokens": "cls"},
+            },
         }
     },
     "claims": [

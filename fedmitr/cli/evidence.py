@@ -79,6 +79,8 @@ def study(protocol, freeze, report, again, cells, seeds, out, store) -> None:
         table = rerun(plan, read_study(out), again, chosen, parse_seeds(seeds) if seeds else [], store)
         click.echo(table.to_string(index=False, float_format="{:.6f}".format))
         return
-    runs = read_study(out) if report else run_study(plan, store, out)
+    if not report:
+        run_study(plan, store, out)
+    runs = read_study(out)  # with the digits of the file, so that the report is always the same
     write_report(plan, runs, out.with_suffix(".json"))
     click.echo("\n".join(summary(plan, runs)))

@@ -7,13 +7,16 @@ from .images import attention, curves, emerging, foreground, frame, generated, o
 from .labels import overview, token_labels
 from .methods import comparison, costs, weights
 from .scale import projection, scaling
+from .study import across_grounds, cell_differences, forest, tradeoffs
 from .style import save, show
 from .transfer import pretraining
 from .why import errors, toy
 
 __all__ = [
+    "across_grounds",
     "attention",
     "bars",
+    "cell_differences",
     "comparison",
     "confidence",
     "costs",
@@ -21,6 +24,7 @@ __all__ = [
     "emerging",
     "errors",
     "foreground",
+    "forest",
     "frame",
     "generated",
     "one_of_each",
@@ -40,6 +44,7 @@ __all__ = [
     "skew",
     "token_labels",
     "toy",
+    "tradeoffs",
     "weights",
     "widgets",
 ]

@@ -13,6 +13,7 @@ from ..experiments.differences import REFERENCE
 from ..methods import described, in_order
 from .methods import _draw_key, _marker, _name_rows, _row_figure, _rows
 from .style import BLACK, SKY, VERMILLION, new_figure, styled
+from .transfer import spread
 
 _NEAR = 0.02  # differences up to this are drawn to scale, larger ones on a logarithmic axis
 _TICKS = (0.01, 0.02, 0.1, 0.5)
@@ -178,43 +179,37 @@ def _touches(line: np.ndarray, box: Bbox) -> bool:
 def across_grounds(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Draw each method's mean accuracy over grounds, such as skews, in their order; a panel a family.
 
-    tables: name of the ground -> what `study.analysis.part_table` returns. FedMITR+ is drawn in every panel.
+    tables: name of the ground -> what `study.analysis.part_table` returns. FedMITR+ is drawn in every panel;
+    labels are joined to the ends of their lines.
     """
     means = pd.DataFrame({ground: table["mean"] for ground, table in tables.items()})
     families: dict[str, list[str]] = {}
     for name in in_order(means.index):
         families.setdefault(described(name).family, []).append(name)
-    figure = new_figure(11, 4.2)
-    axes = figure.subplots(1, len(families), sharey=True, squeeze=False)[0]
     low = max(0.0, float(np.floor(10 * means.min().min()) / 10))
-    for axis, (family, names) in zip(axes, families.items(), strict=True):
-        for name in dict.fromkeys([*names, REFERENCE] if REFERENCE in means.index else names):
-            ours = name == REFERENCE
-            color = VERMILLION if ours else BLACK
-            axis.plot(
-                range(len(tables)),
-                means.loc[name],
-                "o-",
-                ms=3,
-                lw=1.2,
-                color=color,
-                alpha=1 if ours else 0.75,
-            )
-        axis.set_xticks(range(len(tables)), list(tables), rotation=45, ha="right")
-        axis.set(title=family, ylim=(low, 1.01), xlim=(-0.3, len(tables) - 0.7))
+    figure = new_figure(9.6, 2.9 * -(-len(families) // 3))
+    axes = figure.subplots(-(-len(families) // 3), 3, sharex=True, sharey=True, squeeze=False).flat
+    for (family, names), axis in zip(families.items(), axes, strict=False):  # takes no axes too many
+        shown = dict.fromkeys([*names, REFERENCE] if REFERENCE in means.index else names)
+        for name in shown:
+            color, width = (VERMILLION, 1.6) if name == REFERENCE else (BLACK, 0.9)
+            axis.plot(range(len(tables)), means.loc[name], "o-", ms=3, lw=width, color=color, clip_on=False)
+        axis.set_xticks(range(len(tables)), list(tables), rotation=40, ha="right")
+        axis.set(title=family, ylim=(low, 1.01), xlim=(-0.2, len(tables) - 1))
         axis.grid(axis="y", alpha=0.3)
-        _name_ends(axis, means.loc[names], low)
-    axes[0].set_ylabel("test accuracy, mean over seeds")
+        _name_ends(axis, means.loc[list(shown)].iloc[:, -1])
+    for axis in axes:  # left over
+        axis.remove()
+    figure.supylabel("test accuracy, mean over seeds", fontsize=10)
     return figure
 
 
-def _name_ends(axis: Axes, means: pd.DataFrame, low: float) -> None:
-    """Write labels to the right of the ends of lines, apart from each other and in their order."""
-    from .transfer import _spread
-
-    ends = means.iloc[:, -1]
-    heights = _spread(ends, 0.05 * (1.01 - low), low, 1.01)
+def _name_ends(axis: Axes, ends: pd.Series) -> None:
+    """Write labels to the right of the ends of lines, apart from each other, joined to them by thin lines."""
+    low, high = axis.get_ylim()
+    heights = spread(ends, 0.085 * (high - low), low, high)
     across = {"transform": axis.get_yaxis_transform(), "clip_on": False}
-    for name, height in zip(means.index, heights, strict=True):
+    for name, end, height in zip(ends.index, ends, heights, strict=True):
         color = VERMILLION if name == REFERENCE else BLACK
-        axis.text(1.03, height, described(name).label, va="center", fontsize=9, color=color, **across)
+        axis.plot([1, 1.06], [end, height], color=color, lw=0.5, alpha=0.6, **across)
+        axis.text(1.07, height, described(name).label, va="center", fontsize=9, color=color, **across)

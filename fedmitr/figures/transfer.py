@@ -62,7 +62,7 @@ def _name_lines(axis: Axes, means: pd.DataFrame) -> None:
     """Write the methods' labels to the right of their lines' ends, in that order, joined by thin lines."""
     ends = means.iloc[-1]
     low, high = axis.get_ylim()
-    rows = _spread(ends, _GAP * (high - low), low, high)
+    rows = spread(ends, _GAP * (high - low), low, high)
     last = (axis.transScale + axis.transLimits).transform((means.index[-1], 0))[0]
     across = {"transform": axis.get_yaxis_transform(), "clip_on": False}
     for method, end, row in zip(means, ends, rows, strict=True):
@@ -71,7 +71,7 @@ def _name_lines(axis: Axes, means: pd.DataFrame) -> None:
         axis.text(1.05, row, described(method).label, va="center", fontsize=9, color=color, **across)
 
 
-def _spread(values: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
+def spread(values: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
     """Move values as little as possible so that they lie at least `gap` apart in [low, high].
 
     Their order stays, so this is the least-squares fit of a rising sequence (isotonic regression).

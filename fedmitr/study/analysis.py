@@ -25,8 +25,8 @@ def differences(scores: pd.DataFrame, pairs: Sequence[tuple[str, str]], level: f
     scores: accuracy, a row a seed, a column a method or cell. A row has the mean of one − other over seeds
     that both have; its interval at `level` (Student's t); the two-sided p-value, and Holm's; the interval at
     the level at which Holm's procedure tested it, which excludes zero exactly where the procedure rejects;
-    on how many seeds one is above and below the other. Two seeds at least are needed, and a difference that
-    is the same on every seed is not tested (p = 1).
+    on how many seeds one is above and below the other. A difference that is the same on every seed, or of
+    one seed, is not tested: p = 1.
     """
     tests, rows = [], []
     for one, other in pairs:
@@ -36,8 +36,7 @@ def differences(scores: pd.DataFrame, pairs: Sequence[tuple[str, str]], level: f
         row = {"seeds": len(gap), "difference": gap.mean(), "p": test.pvalue if test else 1.0}
         rows.append(row | {"wins": int((gap > 0).sum()), "losses": int((gap < 0).sum())})
     table = pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(pairs, names=["one", "other"]))
-    if len(table):
-        table["p Holm"] = multipletests(table["p"], level, method="holm")[1]
+    table["p Holm"] = multipletests(table["p"], level, method="holm")[1]
     for name, levels in (("", np.full(len(table), level)), (" Holm", holm_levels(table["p"], level))):
         spans = [_interval(*found) for found in zip(tests, levels, table["difference"], strict=True)]
         table[f"low{name}"], table[f"high{name}"] = (np.array(spans).reshape(-1, 2)).T
@@ -86,7 +85,9 @@ def part_table(protocol: Protocol, runs: pd.DataFrame, part: str) -> pd.DataFram
         cells, first = in_order(scores.columns), REFERENCE
         others = [cell for cell in cells if cell != first]
         families = [[m for m in others if described(m).is_reference is apart] for apart in (False, True)]
-    tested = [differences(scores, [(c, first) for c in family], protocol.level) for family in families]
+    tested = [
+        differences(scores, [(c, first) for c in family], protocol.level) for family in families if family
+    ]
     table = pd.concat(tested).droplevel("other").reindex(cells)
     table.insert(0, "mean", scores.mean())
     table.insert(1, "std", scores.std())

@@ -16,6 +16,7 @@ from ..core.errors import BadInput
 from ..core.paths import shipped
 from ..core.store import write_text
 from ..experiments.compare import parse_seeds
+from ..experiments.differences import REFERENCE
 from ..methods import METHODS, find, in_order
 from ..settings import Settings, tuned_values
 
@@ -39,10 +40,17 @@ class Ground(Part):
 
 
 class Panel(Part):
-    """Cells of one method: name -> settings; the first is the one that the others are compared with."""
+    """Cells: name -> settings; the first is the one that the others are compared with.
+
+    A cell runs the panel's method, or the one that it names beside its settings, as `method`.
+    """
 
     method: str
     cells: dict[str, Overrides] = Field(min_length=2)
+
+    def method_of(self, cell: str) -> str:
+        """Return the method that a cell runs."""
+        return self.cells[cell].get("method", self.method)
 
 
 class Claim(BaseModel):
@@ -106,13 +114,15 @@ def read_protocol(path: Path | None = None) -> Protocol:
 
 
 def _check_names(protocol: Protocol) -> None:
-    """Raise BadInput for a method that is unknown, and for a claim about what is not run."""
-    for ground in protocol.grounds.values():
-        protocol.methods_of(ground)
+    """Raise BadInput for an unknown method, a ground without FedMITR+, a claim about what is not run."""
+    for where, ground in protocol.grounds.items():
         for name in ground.methods:
             find(name)
+        if REFERENCE not in protocol.methods_of(ground):
+            raise BadInput(f"ground {where!r} lacks {REFERENCE!r}, with which all methods are compared")
     for panel in protocol.panels.values():
-        find(panel.method)
+        for cell in panel.cells:
+            find(panel.method_of(cell))
     for claim in protocol.claims:
         named = () if isinstance(claim.than, str) else claim.than
         for where in claim.on:
@@ -134,7 +144,10 @@ def planned(protocol: Protocol) -> pd.DataFrame:
     for name in dict.fromkeys(chain(first, protocol.panels, protocol.grounds)):
         part = protocol.part(name)
         if isinstance(part, Panel):
-            cells = [(cell, part.method, changes) for cell, changes in part.cells.items()]
+            cells = [
+                (cell, part.method_of(cell), {name: v for name, v in own.items() if name != "method"})
+                for cell, own in part.cells.items()
+            ]
         else:
             cells = [(method, method, {}) for method in protocol.methods_of(part)]
         for seed in parse_seeds(part.seeds):

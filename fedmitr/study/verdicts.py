@@ -121,6 +121,8 @@ def _against(other: str, turned: bool = False):
     """Return what says a method's difference to FedMITR+; FedMITR+ minus the method unless it is turned."""
 
     def say(table: pd.DataFrame) -> str:
+        if other not in table.index:
+            return "not run"
         row = table.loc[other]
         sign = 1 if turned else -1
         low, high = sorted((sign * row["low Holm"], sign * row["high Holm"]))

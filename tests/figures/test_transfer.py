@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmitr.figures.transfer import _spread, pretraining
+from fedmitr.figures.transfer import pretraining, spread
 from fedmitr.methods import METHODS, described
 
 STEPS = (0, 100, 200, 400, 1000, 3600)
@@ -84,12 +84,12 @@ def test_every_shipped_method_of_the_study_has_a_colour_of_its_own(drawn):
 
 @given(st.lists(st.floats(-0.2, 1.2), min_size=1, max_size=12), st.floats(0.0, 0.05))
 def test_spread_keeps_order_gap_and_limits(values, gap):
-    moved = _spread(values, gap, 0.0, 1.0)
+    moved = spread(values, gap, 0.0, 1.0)
     order = np.argsort(values, kind="stable")
     assert (np.diff(moved[order]) >= gap - 1e-9).all()
     assert moved.min() >= -1e-9 and moved.max() <= 1 + 1e-9
 
 
 def test_spread_moves_nothing_that_is_apart_already():
-    assert _spread([0.9, 0.1, 0.5], 0.1, 0, 1).tolist() == pytest.approx([0.9, 0.1, 0.5])
-    assert _spread([0.5, 0.5], 0.1, 0, 1).tolist() == pytest.approx([0.45, 0.55])
+    assert spread([0.9, 0.1, 0.5], 0.1, 0, 1).tolist() == pytest.approx([0.9, 0.1, 0.5])
+    assert spread([0.5, 0.5], 0.1, 0, 1).tolist() == pytest.approx([0.45, 0.55])

@@ -19,12 +19,14 @@ def test_every_run_of_the_protocol_is_planned_once_primary_grounds_first(protoco
         (seed, method) for seed in (30, 31) for method in METHODS
     )
     heads = plan[plan["part"] == "heads"]
-    assert heads["cell"].tolist() == ["λ = 1", "λ = 100"] * 2 and set(heads["method"]) == {"ridge"}
+    assert heads["cell"].tolist() == ["λ = 1", "λ = 100", "means"] * 2
+    assert heads["method"].tolist() == ["ridge", "ridge", "ncm"] * 2
     for run in plan.itertuples(index=False):
         s = run[-1]
         assert s.seed == run.seed and s.task.scenes == 2
         assert s.model.name == ("vit_micro_early" if run.part == "early" else "vit_micro")
         assert s.statistics.ridge == (100 if run.cell == "λ = 100" else 1)
+        assert s.statistics.tokens == ("cls" if run.cell == "means" else "both")
         assert s.partition.alpha == (0.5 if run.part == "later" else SMALL_SETTINGS["partition.alpha"])
 
 
@@ -95,7 +97,12 @@ def test_frozen_settings_are_all_settings_of_the_profile_as_yaml_reads_them_agai
 BAD = {
     "not yaml": (lambda p: "[", "YAML"),
     "unknown field": (lambda p: p | {"colour": 1}, "colour"),
+    "unknown method of a cell": (
+        lambda p: p["panels"]["heads"]["cells"]["means"].update(method="nope") or p,
+        "nope",
+    ),
     "unknown method": (lambda p: p["grounds"]["later"].update(methods=["nope"]) or p, "nope"),
+    "ground without FedMITR+": (lambda p: p["grounds"]["later"].update(methods=["ncm"]) or p, "fedmitr_plus"),
     "claim about another part": (lambda p: p["claims"][0].update(on=["nowhere"]) or p, "nowhere"),
     "claim about what is not run": (lambda p: p["claims"][2].update(than=["dense"]) or p, "dense"),
     "panel of one cell": (lambda p: p["panels"]["heads"].update(cells={"a": {}}) or p, "cells"),

@@ -18,8 +18,11 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def few(protocol):
     """The protocol with methods on sums alone: no client trains."""
-    early = protocol.grounds["early"].model_copy(update={"methods": ("ridge", "ncm")})
-    return protocol.model_copy(update={"grounds": protocol.grounds | {"early": early}, "claims": ()})
+    grounds = {
+        name: ground.model_copy(update={"methods": ("ridge", "ncm")})
+        for name, ground in protocol.grounds.items()
+    }
+    return protocol.model_copy(update={"grounds": grounds, "claims": ()})
 
 
 @pytest.fixture

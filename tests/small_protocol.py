@@ -34,21 +34,21 @@ PROTOCOL = {
         }
     },
     "claims": [
-        {"claim": "best", "source": "ours", "on": ["early"], "better": "fedmitr_plus", "than": "rivals"},
+        {"claim": "best", "source": "ours", "where": ["early"], "better": "fedmitr_plus", "than": "rivals"},
         {
             "claim": "best with images",
             "source": "ours",
-            "on": ["early"],
+            "where": ["early"],
             "better": "fedmitr",
             "than": "images",
         },
         {
             "claim": "lift",
             "source": "ours",
-            "on": ["early"],
+            "where": ["early"],
             "better": "fedmitr_plus",
             "than": ["ridge_plus"],
         },
-        {"claim": "penalty", "source": "ours", "on": ["heads"], "better": "λ = 100", "than": ["λ = 1"]},
+        {"claim": "penalty", "source": "ours", "where": ["heads"], "better": "λ = 100", "than": ["λ = 1"]},
     ],
 }

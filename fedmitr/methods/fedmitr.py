@@ -246,7 +246,7 @@ SEARCH = {
     "distill.start": ("average", "initial"),
     "distill.lr": Range(1e-4, 2e-3, log=True),
     "distill.temperature": Range(1.0, 20.0, log=True),
-    "distill.token_weight": (0.0, 0.05, 0.1, 0.5, 1.0),
+    "distill.token_weight": (0.05, 0.1, 0.5, 1.0),
     "relabel.head": ("shared", "own"),
 }
 

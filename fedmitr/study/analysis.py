@@ -12,6 +12,7 @@ import pandas as pd
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
+from ..experiments.compare import ACCOUNT, SECONDS
 from ..experiments.differences import REFERENCE
 from ..methods import described, in_order
 from .protocol import Panel, Protocol
@@ -91,9 +92,7 @@ def part_table(protocol: Protocol, runs: pd.DataFrame, part: str) -> pd.DataFram
     table = pd.concat(tested).droplevel("other").reindex(cells)
     table.insert(0, "mean", scores.mean())
     table.insert(1, "std", scores.std())
-    costs = some.groupby("cell")[
-        ["upload_bytes", "download_bytes", "server_seconds", "client_seconds"]
-    ].mean()
+    costs = some.groupby("cell")[[*ACCOUNT, *SECONDS]].mean()
     return table.join(costs).rename_axis("cell")
 
 

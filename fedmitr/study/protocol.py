@@ -56,14 +56,14 @@ class Panel(Part):
 class Claim(BaseModel):
     """A claim that one method, or cell, is more accurate than others.
 
-    on: grounds, or one panel; better: a method or cell; than: methods or cells, or "rivals": all that take
+    where: grounds, or one panel; better: a method or cell; than: methods or cells, or "rivals": all that take
     one exchange and leave one model, or "images": those of them that make synthetic images.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     claim: str
     source: str
-    on: tuple[str, ...]
+    where: tuple[str, ...]
     better: str
     than: tuple[str, ...] | Literal["rivals", "images"]
 
@@ -125,7 +125,7 @@ def _check_names(protocol: Protocol) -> None:
             find(panel.method_of(cell))
     for claim in protocol.claims:
         named = () if isinstance(claim.than, str) else claim.than
-        for where in claim.on:
+        for where in claim.where:
             part = protocol.part(where)
             known = list(part.cells) if isinstance(part, Panel) else protocol.methods_of(part)
             for name in (claim.better, *named):

@@ -18,7 +18,19 @@ from .analysis import as_dict, differences, part_table, wide
 from .protocol import Claim, Ground, Panel, Protocol
 
 HOLDS, FAILS, OPEN, UNTESTED = "holds", "fails", "not decided", "not tested"
-COLUMNS = ["claim", "source", "on", "compared", "difference", "low", "high", "p", "wins", "seeds", "verdict"]
+COLUMNS = [
+    "claim",
+    "source",
+    "where",
+    "compared",
+    "difference",
+    "low",
+    "high",
+    "p",
+    "wins",
+    "seeds",
+    "verdict",
+]
 IMAGES = "synthetic images"
 
 
@@ -46,7 +58,7 @@ def verdicts(protocol: Protocol, runs: pd.DataFrame) -> pd.DataFrame:
     where it fails against one; the row shows the rival that leaves the least lead, and the adjusted p-value
     against that one. A claim whose runs are missing is not tested.
     """
-    rows = [_row(protocol, runs, claim, part) for claim in protocol.claims for part in claim.on]
+    rows = [_row(protocol, runs, claim, part) for claim in protocol.claims for part in claim.where]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -57,7 +69,7 @@ def _row(protocol: Protocol, runs: pd.DataFrame, claim: Claim, part: str) -> dic
         others = rivals(names, claim.better, images=claim.than == "images")
     else:
         others = list(claim.than)
-    row = {"claim": claim.claim, "source": claim.source, "on": part}
+    row = {"claim": claim.claim, "source": claim.source, "where": part}
     label = _labels(protocol.part(part))
     told = label(others[0]) if len(others) == 1 else f"each of {len(others)}"
     if not {claim.better, *others} <= set(scores.columns):

@@ -103,7 +103,7 @@ BAD = {
     ),
     "unknown method": (lambda p: p["grounds"]["later"].update(methods=["nope"]) or p, "nope"),
     "ground without FedMITR+": (lambda p: p["grounds"]["later"].update(methods=["ncm"]) or p, "fedmitr_plus"),
-    "claim about another part": (lambda p: p["claims"][0].update(on=["nowhere"]) or p, "nowhere"),
+    "claim about another part": (lambda p: p["claims"][0].update(where=["nowhere"]) or p, "nowhere"),
     "claim about what is not run": (lambda p: p["claims"][2].update(than=["dense"]) or p, "dense"),
     "panel of one cell": (lambda p: p["panels"]["heads"].update(cells={"a": {}}) or p, "cells"),
 }

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from ..experiments.differences import LABEL, by_family
-from ..methods import described
+from ..methods import Range, described, dotted, in_order
+from ..settings import Settings, tuned_values
 
 GAP = f"minus {LABEL} [95 %, adjusted]"
 CARD = ["claim", "source", "where", "compared", "difference [95 %, adjusted]", "wins", "verdict"]
@@ -72,6 +73,39 @@ def verdict_table(card: pd.DataFrame) -> pd.DataFrame:
     counted = card[["wins", "seeds"]].to_numpy(dtype=float)
     text["wins"] = ["" if pd.isna(n) else f"{wins:.0f} of {n:.0f}" for wins, n in counted]
     return text[CARD]
+
+
+def search_table(trials: pd.DataFrame, profile: str = "laptop") -> pd.DataFrame:
+    """Return what tuning may try as text, a row a method and setting, and what won from each start.
+
+    trials: what `tune.tune` returns. Methods that are tuned as another, or have nothing to try, have no row.
+    """
+    usual, rows = Settings.load(profile), []
+    starts = list(dict.fromkeys(trials["start"]))
+    for name in in_order(trials["method"]):
+        for setting, allowed in described(name).search.items():
+            tuned = [tuned_values(profile, start, name).get(setting, "") for start in starts]
+            row = (described(name).label, setting, _allowed(allowed), dotted(usual, setting), *tuned)
+            rows.append([*row[:2], *map(str, row[2:])])
+    columns = ["method", "setting", "tried", "before", *(f"from {start}" for start in starts)]
+    return pd.DataFrame(rows, columns=columns).set_index(["method", "setting"])
+
+
+def _allowed(allowed: Range | Sequence[object]) -> str:
+    if isinstance(allowed, Range):
+        return f"{allowed.low:g} to {allowed.high:g}" + (", logarithmic" if allowed.log else "")
+    return ", ".join(map(str, allowed))
+
+
+def trials_table(trials: pd.DataFrame) -> pd.DataFrame:
+    """Return how many trials each method had, how many ran on all seeds, and the first and best accuracy."""
+    groups = trials.groupby(["start", "method"], sort=False)
+    done = trials[trials["state"] == "complete"].groupby(["start", "method"], sort=False)["accuracy"]
+    first = trials[trials["trial"] == 0].set_index(["start", "method"])["accuracy"]
+    table = pd.DataFrame(
+        {"trials": groups.size(), "on all seeds": done.size(), "first": first, "best": done.max()}
+    )
+    return table.rename(index=lambda name: described(name).label, level="method")
 
 
 def markdown(table: pd.DataFrame, index: Sequence[str] = ()) -> str:

@@ -34,8 +34,7 @@ from ..core.rng import derive_seed
 from ..core.store import Store, check_output, fingerprint, write_csv, write_text
 from ..experiments.compare import Pair, check_all, train_clients
 from ..experiments.run import Experiment
-from ..methods import METHODS, Method, Range, find
-from ..methods._method import Search, dotted
+from ..methods import METHODS, Method, Range, Search, dotted, find
 from ..settings import Settings
 
 STARTS = ("vit_micro", "vit_micro_early")  # values of model.name

@@ -10,8 +10,7 @@ from helpers import SMALL_SETTINGS, registrations_taken_back
 
 import fedmitr as fm
 from fedmitr.core.errors import BadInput
-from fedmitr.methods import METHODS, Method, Outcome, Range, register
-from fedmitr.methods._method import dotted
+from fedmitr.methods import METHODS, Method, Outcome, Range, dotted, register
 from fedmitr.settings import Settings
 from fedmitr.settings import load as loading
 from fedmitr.study import tune as module

@@ -30,7 +30,7 @@ from ..core.store import Store, check_output, fingerprint, write_csv, write_tens
 from ..data.letters import LETTERS
 from ..settings import Settings, parse_assignment
 from ..vision.vit import MICROS, VIT_MICRO, create_vit
-from .compare import parse_seeds
+from .compare import Pair, check_all, parse_seeds
 from .pretrain import BATCH, LR, SEED, STEPS, pretrain
 from .run import Experiment
 
@@ -47,11 +47,13 @@ METHODS = (
 )
 COLUMNS = ("steps", "seed", "method", "accuracy")
 # The models that ship in this shape, by their number of steps.
+EARLY = "vit_micro_early"
 SHIPPED = {STEPS[name]: name for name, shape in MICROS.items() if shape == VIT_MICRO}
 
 
 def transfer(
-    settings: Settings,
+    overrides: Mapping[str, Any] | None = None,
+    profile: str = "laptop",
     lengths: Sequence[int] = LENGTHS,
     methods: Sequence[str] = METHODS,
     seeds: Sequence[int] = range(5),
@@ -60,25 +62,32 @@ def transfer(
 ) -> pd.DataFrame:
     """Return one row for each number of pretraining steps, seed and method, with its validation accuracy.
 
-    settings: of all runs, but for their start and their seed. Rewrites the CSV `out` whenever all methods of
-    a length and a seed are done. Raises BadInput, before any work, for a method or a setting that cannot
-    work.
+    profile, overrides: of all runs, but for their start and their seed. A method has the values that were
+    tuned for it from a start that ships, and at other lengths those from the early one. Rewrites the CSV
+    `out` whenever all methods of a length and a seed are done. Raises BadInput, before any work, for a method
+    or a setting that cannot work.
     """
     if out:
         check_output(out, f"out={str(out)!r}")
     kept = Store(store or default_store())
-    for seed in seeds:
-        Experiment(settings.changed({"seed": seed}), kept).check(methods)
+
+    def pairs(start: Mapping[str, Any], seed: int) -> list[Pair]:
+        """Return every method with its settings from a start, on a seed."""
+        own = {**(overrides or {}), **start, "seed": seed}
+        return [(method, Settings.load(profile, own, method)) for method in methods]
+
+    check_all([pair for seed in seeds for pair in pairs({}, seed)], kept)
+    threads = Settings.load(profile, overrides).threads
     longest_first = sorted(lengths, reverse=True)
     grid = [(steps, seed) for steps in lengths for seed in seeds]
     starts: dict[int, dict[str, str]] = {}
     rows: dict[int, list[dict[str, Any]]] = {}
     with progress(len(lengths) + len(grid), "starts and seeds", "part") as bar:
-        for index, start in parallel(partial(_start, kept, settings.threads), longest_first):
+        for index, start in parallel(partial(_start, kept, threads), longest_first):
             starts[longest_first[index]] = start
             bar.update(1)
-        runs = [settings.changed(starts[steps] | {"seed": seed}) for steps, seed in grid]
-        for index, scores in parallel(partial(_accuracies, kept, methods), runs):
+        runs = [pairs(starts[steps], seed) for steps, seed in grid]
+        for index, scores in parallel(partial(_accuracies, kept), runs):
             rows[index] = [dict(zip(COLUMNS, (*grid[index], *score), strict=True)) for score in scores]
             bar.update(1)
             if out:
@@ -104,13 +113,12 @@ def _start(store: Store, threads: int, steps: int) -> dict[str, str]:
     if not store.has("letters", key):
         model = pretrain("vit_micro", steps) if steps else create_vit("vit_micro", len(LETTERS))
         store.put("letters", key, lambda folder: write_tensors(model.state_dict(), folder / weights.name))
-    return {"model.name": "vit_micro", "model.checkpoint": str(weights)}
+    return {"model.name": EARLY, "model.checkpoint": str(weights)}
 
 
-def _accuracies(store: Store, methods: Sequence[str], settings: Settings) -> list[tuple[str, float]]:
-    """Return every method with its validation accuracy on the clients of these settings."""
-    experiment = Experiment(settings, store)
-    return [(method, experiment.validation_accuracy(method)) for method in methods]
+def _accuracies(store: Store, pairs: Sequence[Pair]) -> list[tuple[str, float]]:
+    """Return every method with its validation accuracy under its settings."""
+    return [(method, Experiment(settings, store).validation_accuracy(method)) for method, settings in pairs]
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -148,8 +156,8 @@ def main(
         out = home() / "results" / "transfer.csv"
     try:
         steps = parse_lengths(lengths) if lengths else LENGTHS
-        settings = Settings.load(profile, dict(map(parse_assignment, assignments)))
-        table = transfer(settings, steps, chosen, parse_seeds(seeds), store, out)
+        overrides = dict(map(parse_assignment, assignments))
+        table = transfer(overrides, profile, steps, chosen, parse_seeds(seeds), store, out)
     except BadInput as error:
         raise click.ClickException(str(error)) from None
     means = table.pivot_table(index="method", columns="steps", values="accuracy", sort=False)

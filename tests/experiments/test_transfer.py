@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import small_settings
+from helpers import SMALL_SETTINGS, small_settings
 
 import fedmitr as fm
 import fedmitr.experiments.transfer as module
@@ -23,7 +23,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(folder):
-    return transfer(small_settings(), LENGTHS, METHODS, SEEDS, folder / "store", folder / "out" / "a.csv")
+    return transfer(
+        SMALL_SETTINGS, "smoke", LENGTHS, METHODS, SEEDS, folder / "store", folder / "out" / "a.csv"
+    )
 
 
 def by_hand(models, split):
@@ -40,7 +42,8 @@ def test_a_row_is_the_validation_accuracy_of_a_run_from_that_start(table, folder
     for steps, vit in weights.items():
         file = tmp_path / f"{steps}.safetensors"
         module.write_tensors(vit.state_dict(), file)
-        changes = {"model__pretrained": True, "model__checkpoint": str(file), "seed": 1}
+        start = {"model__name": "vit_micro_early", "model__checkpoint": str(file)}
+        changes = {"model__pretrained": True, **start, "seed": 1}
         experiment = fm.Experiment(small_settings(**changes), tmp_path / "store")
         for method in METHODS:
             found = table.query("steps == @steps and seed == 1 and method == @method")["accuracy"].item()
@@ -53,22 +56,22 @@ def test_the_same_call_goes_on_from_the_store_and_writes_the_same_bytes(table, f
     forbid(clients, "train_client")
     forbid(run, "accuracy")
     file = folder / "out" / "b.csv"
-    again = transfer(small_settings(), LENGTHS, METHODS, SEEDS, folder / "store", file)
+    again = transfer(SMALL_SETTINGS, "smoke", LENGTHS, METHODS, SEEDS, folder / "store", file)
     assert again.equals(table)
     assert file.read_bytes() == (folder / "out" / "a.csv").read_bytes()
     pd.testing.assert_frame_equal(pd.read_csv(file), table, atol=1e-6, rtol=0)
 
 
 def test_a_run_that_is_stopped_leaves_what_it_finished(table, folder, monkeypatch):
-    def stop(store, methods, settings):
-        if settings.seed == 1:
+    def stop(store, pairs):
+        if pairs[0][1].seed == 1:
             raise KeyboardInterrupt
-        return [(method, 0.5) for method in methods]
+        return [(method, 0.5) for method, _ in pairs]
 
     monkeypatch.setattr(module, "_accuracies", stop)
     file = folder / "out" / "c.csv"
     with pytest.raises(KeyboardInterrupt):
-        transfer(small_settings(), LENGTHS, METHODS, SEEDS, folder / "store", file)
+        transfer(SMALL_SETTINGS, "smoke", LENGTHS, METHODS, SEEDS, folder / "store", file)
     assert pd.read_csv(file)["method"].tolist() == list(METHODS)
 
 
@@ -76,13 +79,14 @@ def test_starts_that_ship_are_not_trained_again(forbid, monkeypatch, tmp_path):
     forbid(module, "pretrain")
     asked = []
 
-    def record(store, methods, settings):
+    def record(store, pairs):
+        ((method, settings),) = pairs
         asked.append((settings.model.name, settings.model.checkpoint, settings.seed))
-        return [(method, 0.5) for method in methods]
+        return [(method, 0.5)]
 
     monkeypatch.setattr(module, "_accuracies", record)
     lengths = [module.STEPS["vit_micro_early"], module.STEPS["vit_micro"]]
-    transfer(small_settings(), lengths, ("fedavg",), (3,), tmp_path)
+    transfer(SMALL_SETTINGS, "smoke", lengths, ("fedavg",), (3,), tmp_path)
     assert asked == [("vit_micro_early", None, 3), ("vit_micro", None, 3)]
 
 
@@ -90,7 +94,7 @@ def test_what_cannot_work_is_one_line_before_any_work(forbid, tmp_path, one_line
     forbid(module, "pretrain")
     forbid(clients, "train_client")
     with pytest.raises(BadInput) as error:
-        transfer(small_settings(), LENGTHS, ("central", "fedprox"), SEEDS, tmp_path)
+        transfer(SMALL_SETTINGS, "smoke", LENGTHS, ("central", "fedprox"), SEEDS, tmp_path)
     one_line(error.value, "method='fedprox'")
     for words, told in (
         (["--seeds", "a-b"], "seeds='a-b'"),
@@ -107,8 +111,8 @@ def test_what_cannot_work_is_one_line_before_any_work(forbid, tmp_path, one_line
 def test_chosen_lengths_and_settings_are_printed_and_leave_the_stored_table(monkeypatch, tmp_path):
     asked = []
 
-    def note(settings, lengths, methods, seeds, store, out):
-        asked.append((settings.statistics.views, list(lengths), list(methods), list(seeds), out))
+    def note(overrides, profile, lengths, methods, seeds, store, out):
+        asked.append((overrides.get("statistics.views"), list(lengths), list(methods), list(seeds), out))
         return pd.DataFrame([(2, 0, "ridge", 0.5)], columns=list(module.COLUMNS))
 
     monkeypatch.setattr(module, "transfer", note)
@@ -120,4 +124,4 @@ def test_chosen_lengths_and_settings_are_printed_and_leave_the_stored_table(monk
     assert CliRunner().invoke(module.main, ["--seeds", "0"]).exit_code == 0
     stored = module.home() / "results" / "transfer.csv"
     assert [one[-1] for one in asked] == [None, file, stored]
-    assert asked[0][:4] == (3, [2], ["ridge"], [0]) and asked[2][:2] == (0, list(module.LENGTHS))
+    assert asked[0][:4] == (3, [2], ["ridge"], [0]) and asked[2][:2] == (None, list(module.LENGTHS))

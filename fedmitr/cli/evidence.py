@@ -4,9 +4,11 @@ from pathlib import Path
 
 import click
 
+from ..core.errors import BadInput
 from ..core.paths import home
 from ..methods import find
 from ..settings import PROFILES, parse_assignment
+from ..settings.load import TUNED
 from .options import HINT, backend_option, cluster_option, jobs_option, main
 
 store_option = click.option(
@@ -18,7 +20,7 @@ store_option = click.option(
 @click.option("--methods", help="Comma-separated; default all that have something to try.")
 @click.option("--starts", help="Comma-separated values of model.name; default both that ship.")
 @click.option("--trials", type=click.IntRange(1), help="Of each method from each start; default 20.")
-@click.option("--seeds", default="0-4", show_default=True, help="Such as 0-4 or 1,3,5.")
+@click.option("--seeds", help="Such as 0-4, the default, or 1,3,5.")
 @click.option("--profile", default="laptop", show_default=True, metavar="P", help=", ".join(PROFILES))
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable.")
 @click.option("--out", type=click.Path(path_type=Path), help="CSV of all trials; default results/tuning.csv.")
@@ -30,24 +32,36 @@ store_option = click.option(
 @backend_option
 @cluster_option
 def tune(methods, starts, trials, seeds, profile, assignments, out, tuned, store) -> None:
-    """Tune every method in equally many trials, on validation images, and write what won."""
+    """Tune every method in equally many trials, on validation images, and write what won.
+
+    Without --trials, --seeds, --profile and --set these are the trials that the book shows, and what won
+    becomes the laptop profile's settings of each method. With them, --out is needed, and what won is written
+    with --tuned alone.
+    """
     chosen = [name.strip() for name in methods.split(",")] if methods else []
     for name in chosen:
         find(name)
+    from ..core.paths import DEFAULT_PROFILE
+    from ..core.store import check_output
     from ..experiments.compare import parse_seeds
-    from ..study.tune import STARTS, TRIALS, Plan, best_values, write_tuned
+    from ..study.tune import SCENES, SEEDS, STARTS, TRIALS, Plan, best_values, write_tuned
     from ..study.tune import tune as tune_all
 
-    plan = Plan(
-        trials or TRIALS, tuple(parse_seeds(seeds)), profile, dict(map(parse_assignment, assignments))
-    )
+    overrides = dict(SCENES) | dict(map(parse_assignment, assignments))
+    plan = Plan(trials or TRIALS, tuple(parse_seeds(seeds)) if seeds else SEEDS, profile, overrides)
+    if plan == Plan(profile=DEFAULT_PROFILE):
+        out, tuned = out or home() / "results" / "tuning.csv", tuned or home() / TUNED
+    elif out is None:
+        raise BadInput("other trials, seeds, profile or settings than the book's need --out FILE")
+    if tuned:
+        check_output(tuned, f"tuned={str(tuned)!r}")
     begins = [name.strip() for name in starts.split(",")] if starts else STARTS
-    table = tune_all(plan, chosen, begins, store, out or home() / "results" / "tuning.csv")
-    write_tuned(best_values(table), profile, tuned or home() / "results" / "tuned.yaml")
-    best = table[table["state"] == "complete"].groupby(["start", "method"], sort=False)["accuracy"]
-    first = table[table["trial"] == 0].set_index(["start", "method"])["accuracy"]
-    said = best.max().to_frame("best").assign(**{"first trial": first})
-    click.echo(said.to_string(float_format="{:.3f}".format))
+    table = tune_all(plan, chosen, begins, store, out)
+    if tuned:
+        write_tuned(best_values(table), profile, tuned)
+    from ..study.tables import trials_table
+
+    click.echo(trials_table(table).to_string(float_format="{:.3f}".format))
 
 
 @main.command()
@@ -55,7 +69,7 @@ def tune(methods, starts, trials, seeds, profile, assignments, out, tuned, store
 @click.option("--freeze", is_flag=True, help="Write all settings of now into the protocol; run nothing.")
 @click.option("--report", is_flag=True, help="Judge what the table has; run nothing.")
 @click.option("--again", metavar="PART", help="Run rows of a ground or panel again, beside what is stored.")
-@click.option("--cells", help="With --again: methods or cells, comma-separated; default all.")
+@click.option("--cell", "cells", multiple=True, help="With --again: a method or cell, repeatable.")
 @click.option("--seeds", help="With --again: such as 30-32; default all.")
 @click.option("--out", type=click.Path(path_type=Path), help="CSV of the study; default results/study.csv.")
 @store_option
@@ -65,22 +79,31 @@ def tune(methods, starts, trials, seeds, profile, assignments, out, tuned, store
 def study(protocol, freeze, report, again, cells, seeds, out, store) -> None:
     """Run the committed protocol, judge its claims, and write results/study.{csv,json}."""
     from ..experiments.compare import parse_seeds
-    from ..study.protocol import PROTOCOL, freeze_settings, read_protocol
-    from ..study.run import read_study, rerun
+    from ..study.protocol import PROTOCOL, check_unchanged, freeze_settings, planned, read_protocol
+    from ..study.run import read_study, rerun, with_digests
     from ..study.run import study as run_study
+    from ..study.tune import SEEDS
     from ..study.verdicts import summary, write_report
 
+    if sum(map(bool, (freeze, report, again))) > 1 or ((cells or seeds) and not again):
+        raise BadInput("allowed is one of --freeze, --report and --again; --cell and --seeds go with --again")
     if freeze:
-        freeze_settings(protocol or home() / PROTOCOL)
+        freeze_settings(protocol or home() / PROTOCOL, SEEDS)
         return
+    if protocol and not out:
+        raise BadInput(f"protocol={str(protocol)!r} is not the one that ships: give its table, --out FILE")
     plan, out = read_protocol(protocol), out or home() / "results" / "study.csv"
     if again:
-        chosen = [name.strip() for name in cells.split(",")] if cells else []
-        table = rerun(plan, read_study(out), again, chosen, parse_seeds(seeds) if seeds else [], store)
+        chosen = parse_seeds(seeds) if seeds else []
+        table = rerun(plan, read_study(out), again, cells, chosen, store)
         click.echo(table.to_string(index=False, float_format="{:.6f}".format))
         return
-    if not report:
+    if report:
+        check_unchanged(plan)
+    else:
         run_study(plan, store, out)
-    runs = read_study(out)  # with the digits of the file, so that the report is always the same
+    runs = read_study(
+        out, with_digests(planned(plan))
+    )  # with the file's digits: the report is always the same
     write_report(plan, runs, out.with_suffix(".json"))
     click.echo("\n".join(summary(plan, runs)))

@@ -35,7 +35,12 @@ def fingerprint(*parts: Any) -> str:
     # sums over another number of threads round differently; precision=auto depends on the machine
     machine = [device().type, torch.get_num_threads(), native_bf16()]
     made_with = [FORMAT, *machine, *(m.__version__ for m in (numpy, sklearn, timm, torch))]
-    text = json.dumps([made_with, *parts], sort_keys=True, default=str)
+    return digest(made_with, *parts)
+
+
+def digest(*parts: Any) -> str:
+    """Hash JSON-able parts, the same on every machine: 16 hex digits."""
+    text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -61,7 +61,7 @@ def run_all(
     before any work, for a method or a setting that cannot work.
     """
     kept = Store(store or default_store())
-    train_clients(check_all(pairs, kept))
+    train_clients(check_all(pairs, kept), kept)
     rows: dict[int, dict[str, object]] = {}
     with progress(len(pairs), "runs", "run") as bar:
         for index, row in parallel(partial(_run_in_worker, kept.root), pairs):
@@ -72,34 +72,33 @@ def run_all(
     return pd.DataFrame([rows[i] for i in range(len(pairs))])
 
 
-def check_all(pairs: Sequence[Pair], store: Store) -> list[tuple[Experiment, list[str]]]:
-    """Raise BadInput, before any work, for a run that cannot work; return clients with their methods.
+def check_all(pairs: Sequence[Pair], store: Store) -> list[tuple[Settings, int]]:
+    """Raise BadInput, before any work, for a run that cannot work; return the clients to train.
 
-    Runs that have the same clients share one `Experiment`, so that their images are drawn once.
+    They are those whose weights some method needs and the store lacks, each once. Runs with the same clients
+    are checked together, so that their images are drawn once, and not kept.
     """
-    groups: dict[tuple[object, ...], tuple[Experiment, list[str]]] = {}
+    groups: dict[tuple[object, ...], tuple[Settings, list[str]]] = {}
     for method, s in pairs:
         check_methods([method], s)
         same = s.seed, s.task, s.partition, s.model, s.client, s.fusefl
-        groups.setdefault(same, (Experiment(s, store), []))[1].append(method)
-    for experiment, methods in groups.values():
+        groups.setdefault(same, (s, []))[1].append(method)
+    todo: dict[str, tuple[Settings, int]] = {}
+    for settings, methods in groups.values():
+        experiment = Experiment(settings, store)
         experiment.check(methods)
-    return list(groups.values())
+        if any(find(method).needs_weights for method in methods):
+            keys = {experiment.upload_key(k): (settings, k) for k in range(len(experiment.shards))}
+            todo |= {key: client for key, client in keys.items() if not store.has("uploads", key)}
+    return list(todo.values())
 
 
-def train_clients(groups: Sequence[tuple[Experiment, Sequence[str]]]) -> None:
-    """Train all clients whose weights some method needs and the store lacks, each once, side by side."""
-    needed = [one for one, methods in groups if any(find(method).needs_weights for method in methods)]
-    todo = {
-        one.upload_key(k): (one.settings, k)
-        for one in needed
-        for k in range(len(one.shards))
-        if not one.store.has("uploads", one.upload_key(k))
-    }
-    if not todo:
+def train_clients(clients: Sequence[tuple[Settings, int]], store: Store) -> None:
+    """Train these clients, side by side; what is left of an earlier run is not trained again."""
+    if not clients:
         return
-    with progress(len(todo), "clients", "client") as bar:
-        for _ in parallel(partial(_train_in_worker, needed[0].store.root), list(todo.values())):
+    with progress(len(clients), "clients", "client") as bar:
+        for _ in parallel(partial(_train_in_worker, store.root), clients):
             bar.update(1)
 
 

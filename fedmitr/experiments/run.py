@@ -91,10 +91,10 @@ class Experiment(Clients):
     def result(self, method: str) -> Result:
         """Run a method and evaluate it and the references on the test split."""
         record = find(method)
-        needs = [record.needs_weights, record.needs_counts, record.needs_statistics]
-        own = [] if record.is_shipped else [record.given, *needs, code_text(record.run)]
         uploads = [u.digest for u in self._addressed_by(record)]
-        key = fingerprint("run", method, own, uploads, self.settings.model_dump(), self.task.digest)
+        key = fingerprint(
+            "run", method, _own_code(record), uploads, self.settings.model_dump(), self.task.digest
+        )
         return self.store.get("runs", key, read_result, lambda: self._evaluate(method, key), write_result)
 
     def validation_accuracy(self, method: str) -> float:
@@ -116,7 +116,8 @@ class Experiment(Clients):
     def validation_key(self, method: str) -> str:
         """Return the address of a method's validation accuracy in the store."""
         s = self.settings
-        whose = weights_digest(s.model), self.task.digest  # a checkpoint's digest, not its place
+        whose = [weights_digest(s.model), self.task.digest]  # a checkpoint's digest, not its place
+        whose += _own_code(find(method))
         return fingerprint("validation", method, s.model_dump(exclude={"model": {"checkpoint"}}), *whose)
 
     def _addressed_by(self, method: Method) -> list[Upload]:
@@ -189,6 +190,12 @@ class Experiment(Clients):
                 keys += [("statistics", self.statistics_key(None if alone else k, features)) for k in clients]
         seconds = {who: spent + sum(self.store.seconds(*key) for key in set(keys))}
         return {stage: round(value, 3) for stage, value in (seconds | outcome.seconds).items()}
+
+
+def _own_code(method: Method) -> list[object]:
+    """Return what addresses results of a method of your own, so that one that changed is run anew."""
+    needs = [method.needs_weights, method.needs_counts, method.needs_statistics]
+    return [] if method.is_shipped else [method.given, *needs, code_text(method.run)]
 
 
 def run(method: str, settings: Settings | None = None, store: Path | str | None = None) -> Result:

@@ -40,7 +40,7 @@ class GeneratorSettings(StudentSettings):
 def generator_search(block: str) -> Search:
     """List what tuning may try for a generator and its student, in a method's block of settings.
 
-    At most 240 steps of the generator in all: about the computation of FedMITR's inversion.
+    At most 240 steps of the generator, each through all clients: about the work of FedMITR's inversion.
     """
     return {
         **student_search(block),

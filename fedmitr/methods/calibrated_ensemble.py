@@ -9,7 +9,7 @@ from ..server.distill import calibrated
 from ..settings import Settings, SettingsBlock
 from ..settings.schema import Positive, setting
 from ..upload import Upload
-from ._method import Method, Outcome, Range
+from ._method import Method, Outcome
 from ._start import build_ensemble, global_shape
 from .fedmitr import fedmitr_work, inversion_keys, synthetic_set
 from .fedmitr_plus import with_additions
@@ -39,7 +39,7 @@ METHOD = Method(
     family="reference",
     citation="",
     settings=CalibratedEnsembleSettings,
-    search={"calibrated_ensemble.penalty": Range(1e-3, 1.0, log=True)},
+    tuned_as="fedmitr_plus",
     adapt=with_additions,
     work=lambda settings: replace(
         fedmitr_work(settings), student_steps=0, calibrate=settings.calibrated_ensemble.penalty

@@ -107,10 +107,10 @@ METHOD = Method(
     settings=FadiSettings,
     search={
         **student_search("fadi"),
-        "inversion.teacher": ("ensemble", "owners"),
         "inversion.tv": Range(1e-4, 1e-2, log=True),
         "inversion.lr": Range(0.1, 1.0, log=True),
-        "inversion.augment": (0.0, 0.35, 0.7, 1.0),
+        "inversion.schedule": ("constant", "cosine"),
+        "inversion.clip": (False, True),
         "fadi.rounds": (1, 2, 4),
         "fadi.iterations": (31, 62),
         "fadi.competition": (0.0, 0.2, 1.0, 3.0),

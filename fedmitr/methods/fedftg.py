@@ -147,6 +147,8 @@ def _work(settings: Settings) -> Work:
     return replace(work, generator_steps=steps, one_client=True)
 
 
+FIXED = ("ensemble.mode", "distill.start")  # it weighs by class, and fine-tunes the average
+
 METHOD = Method(
     name="fedftg",
     run=fedftg,
@@ -154,7 +156,7 @@ METHOD = Method(
     citation="Zhang et al., CVPR 2022",
     settings=FedftgSettings,
     search={
-        **{name: values for name, values in generator_search("fedftg").items() if name != "ensemble.mode"},
+        **{name: v for name, v in generator_search("fedftg").items() if name not in FIXED},
         "fedftg.rounds": (1, 4, 20, 80),
         "fedftg.generator_steps": (1, 3),
         "fedftg.classification": (0.3, 1.0, 3.0, 10.0, 30.0),

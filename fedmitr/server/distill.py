@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from ..core.errors import BadInput
+from ..core.errors import Diverged
 from ..core.machine import autocast
 from ..core.optimizers import make_optimizer, make_schedule
 from ..core.rng import make_rng
@@ -123,7 +123,7 @@ def train_student(
 ) -> VisionTransformer:
     """Take one step on each batch: images, teacher's log-probabilities, labels, token targets.
 
-    Returns the student in evaluation mode. Raises BadInput when it diverged. progress is called with 1 after
+    Returns the student in evaluation mode. Raises Diverged when it did. progress is called with 1 after
     each step.
     """
     set_trained(student, settings).train()
@@ -136,7 +136,7 @@ def train_student(
         if progress:
             progress(1)
     if not all(torch.isfinite(p).all() for p in student.parameters()):
-        raise BadInput(
+        raise Diverged(
             f"distill.lr={settings.lr} (student_lr of another method): the student diverged to NaN or Inf; "
             "allowed is a lower rate"
         )

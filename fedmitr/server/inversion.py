@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from ..core.errors import BadInput
+from ..core.errors import Diverged
 from ..core.optimizers import rate_factor
 from ..core.rng import make_rng
 from ..settings.schema import InversionSettings
@@ -84,7 +84,7 @@ def invert(
             log_probs = teacher.forward_patches(live.patches, live.keep)  # (B, C)
             cross_entropy = F.nll_loss(log_probs, labels, reduction="none")
     if not live.image.isfinite().all():
-        raise BadInput(
+        raise Diverged(
             f"inversion.lr={settings.lr}: the pixels diverged to NaN or Inf; allowed is a lower rate"
         )
     images, mask = live.image.view(batch, *grid.image), live.mask

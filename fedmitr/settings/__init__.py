@@ -10,6 +10,7 @@ from .load import (
     number,
     parse_assignment,
     read_profile,
+    read_tuned,
     tuned_values,
 )
 from .schema import SettingsBlock, setting
@@ -25,6 +26,7 @@ __all__ = [
     "number",
     "parse_assignment",
     "read_profile",
+    "read_tuned",
     "setting",
     "tuned_values",
 ]

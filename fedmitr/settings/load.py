@@ -4,6 +4,7 @@ All take the same dotted names, `block.setting`; schema.py has what they mean.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
@@ -80,12 +81,13 @@ class Settings(SettingsBlock):
     ) -> "Settings":
         """Return a profile's settings with dotted overrides, such as {"partition.alpha": 0.1}.
 
-        method: with the values that were tuned for this method under this profile and start, where there are
-        any; overrides go before them. Raises BadInput, one line, for an unknown profile or setting and a
-        value out of range.
+        method: with the values that were tuned for this method under this profile, on its task and from this
+        start, where there are any; overrides go before them. Raises BadInput, one line, for an unknown
+        profile or setting and a value out of range.
         """
         tree, overrides = read_profile(profile), dict(overrides or {})
-        if method:
+        own_task = tree.get("task", {}).get("name", TaskSettings().name)
+        if method and overrides.get("task.name", own_task) == own_task:
             start = overrides.get("model.name", tree.get("model", {}).get("name", ModelSettings().name))
             overrides = tuned_values(profile, start, method) | overrides
         for name, value in overrides.items():
@@ -144,9 +146,12 @@ def read_profile(profile: str) -> dict[str, Any]:
 
 def tuned_values(profile: str, start: str, method: str) -> dict[str, Any]:
     """Return the dotted settings that were tuned for a method from a shared start; empty where none were."""
-    file = shipped(TUNED)
-    tree = yaml.safe_load(file.read_text()) if file.exists() else {}
-    return dict(tree.get(profile, {}).get(start, {}).get(method, {}))
+    return dict(read_tuned(shipped(TUNED)).get(profile, {}).get(start, {}).get(method, {}))
+
+
+def read_tuned(path: Path) -> dict[str, Any]:
+    """Read a file of tuned values, as `TUNED` is one; empty where there is none."""
+    return (yaml.safe_load(path.read_text()) if path.exists() else None) or {}
 
 
 def _assign(tree: dict[str, Any], name: str, value: Any) -> None:

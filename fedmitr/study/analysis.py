@@ -5,7 +5,8 @@ compared seed by seed. The test is the paired t-test; where a family of differen
 procedure keeps the chance of any false finding below the level (Holm 1979).
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -17,36 +18,46 @@ from ..experiments.differences import REFERENCE
 from ..methods import described, in_order
 from .protocol import Panel, Protocol
 
-DIFFERENCE = ["seeds", "difference", "low", "high", "p", "p Holm", "low Holm", "high Holm", "wins", "losses"]
+DIFFERENCE = [
+    "seeds", "difference", "low", "high", "p", "p Holm", "low Holm", "high Holm", "high all", "wins", "losses"
+]  # fmt: skip
 
 
-def differences(scores: pd.DataFrame, pairs: Sequence[tuple[str, str]], level: float = 0.05) -> pd.DataFrame:
+def differences(
+    scores: pd.DataFrame, pairs: Sequence[tuple[str, str]], level: float = 0.05, lead: float = 0.0
+) -> pd.DataFrame:
     """Test the mean differences of pairs of columns, as one family; return a row for each, as `DIFFERENCE`.
 
     scores: accuracy, a row a seed, a column a method or cell. A row has the mean of one − other over seeds
-    that both have; its interval at `level` (Student's t); the two-sided p-value, and Holm's; the interval at
-    the level at which Holm's procedure tested it, which excludes zero exactly where the procedure rejects;
-    on how many seeds one is above and below the other. A difference that is the same on every seed, or of
-    one seed, is not tested: p = 1.
+    that both have; its interval at `level` (Student's t); the two-sided p-value of a difference of `lead`,
+    and Holm's; the interval at the level at which Holm's procedure tested it, which excludes `lead` exactly
+    where the procedure rejects; the upper end of the interval that holds for all pairs together (Bonferroni);
+    on how many seeds one is above and below the other. A difference of fewer than two seeds has no interval
+    and p = 1; one that is the same on every seed has an interval of no width, and p = 0 unless it is `lead`.
     """
-    tests, rows = [], []
-    for one, other in pairs:
-        gap = (scores[one] - scores[other]).dropna()
-        test = stats.ttest_1samp(gap, 0.0) if len(gap) > 1 and gap.std() > 1e-12 else None
-        tests.append(test)
-        row = {"seeds": len(gap), "difference": gap.mean(), "p": test.pvalue if test else 1.0}
-        rows.append(row | {"wins": int((gap > 0).sum()), "losses": int((gap < 0).sum())})
-    table = pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(pairs, names=["one", "other"]))
+    gaps = [(scores[one] - scores[other]).dropna() for one, other in pairs]
+    table = pd.DataFrame(
+        {
+            "seeds": [len(gap) for gap in gaps],
+            "difference": [gap.mean() for gap in gaps],
+            "wins": [int((gap > 0).sum()) for gap in gaps],
+            "losses": [int((gap < 0).sum()) for gap in gaps],
+        },
+        index=pd.MultiIndex.from_tuples(pairs, names=["one", "other"]),
+    )
+    mean, count = table["difference"].to_numpy(), table["seeds"].to_numpy()
+    error = np.array([gap.std() for gap in gaps]) / np.sqrt(np.maximum(count, 1))  # NaN for one seed
+    error[error < 1e-12] = 0.0  # every seed agrees
+    with np.errstate(divide="ignore", invalid="ignore"):
+        distance = np.where(np.abs(mean - lead) < 1e-12, 0.0, np.abs(mean - lead) / error)
+    table["p"] = np.where(count < 2, 1.0, 2 * stats.t.sf(distance, np.maximum(count - 1, 1)))
     table["p Holm"] = multipletests(table["p"], level, method="holm")[1]
-    for name, levels in (("", np.full(len(table), level)), (" Holm", holm_levels(table["p"], level))):
-        spans = [_interval(*found) for found in zip(tests, levels, table["difference"], strict=True)]
-        table[f"low{name}"], table[f"high{name}"] = (np.array(spans).reshape(-1, 2)).T
+    levels = {"": np.full(len(table), level), " Holm": holm_levels(table["p"], level)}
+    levels[" all"] = np.full(len(table), level / len(table))
+    for name, chosen in levels.items():
+        half = stats.t.ppf(1 - chosen / 2, np.maximum(count - 1, 1)) * error
+        table[f"low{name}"], table[f"high{name}"] = mean - half, mean + half
     return table[DIFFERENCE]
-
-
-def _interval(test, level: float, mean: float) -> tuple[float, float]:
-    """Return the confidence interval at 1 − level; without a test, the mean alone."""
-    return tuple(test.confidence_interval(1 - level)) if test else (mean, mean)
 
 
 def holm_levels(p_values: Sequence[float], level: float) -> np.ndarray:
@@ -74,29 +85,37 @@ def wide(runs: pd.DataFrame) -> pd.DataFrame:
 def part_table(protocol: Protocol, runs: pd.DataFrame, part: str) -> pd.DataFrame:
     """Return a row for each cell of a part: mean, std, the difference to the reference, and costs.
 
-    On a ground the difference is that to FedMITR+, on a panel that to its first cell; references of a ground
-    are no part of the family that Holm's procedure looks at, and have p-values of their own.
+    On a ground the difference is that to FedMITR+, on a panel that to its first cell; it is NaN where that
+    one has no runs. References of a ground are no part of the family that Holm's procedure looks at, but a
+    family of their own.
     """
     some, known = runs[runs["part"] == part], protocol.part(part)
     scores = wide(some)
     if isinstance(known, Panel):
-        cells = [cell for cell in known.cells if cell in scores]
-        first, families = cells[0], [cells[1:]]
+        cells, first = [cell for cell in known.cells if cell in scores], next(iter(known.cells))
+        families = [[cell for cell in cells if cell != first]]
     else:
         cells, first = in_order(scores.columns), REFERENCE
         others = [cell for cell in cells if cell != first]
         families = [[m for m in others if described(m).is_reference is apart] for apart in (False, True)]
-    tested = [
-        differences(scores, [(c, first) for c in family], protocol.level) for family in families if family
-    ]
-    table = pd.concat(tested).droplevel("other").reindex(cells)
+    families = [family for family in families if family and first in scores]
+    tested = [differences(scores, [(c, first) for c in family], protocol.level) for family in families]
+    found = pd.concat(tested).droplevel("other") if tested else pd.DataFrame(columns=DIFFERENCE, dtype=float)
+    table = found.reindex(cells)
     table.insert(0, "mean", scores.mean())
     table.insert(1, "std", scores.std())
     costs = some.groupby("cell")[[*ACCOUNT, *SECONDS]].mean()
     return table.join(costs).rename_axis("cell")
 
 
-def as_dict(table: pd.DataFrame) -> list[Mapping[str, object]]:
-    """Return a table's rows with its index, for JSON: NaN, which JSON lacks, becomes null."""
-    plain = table.round(6).reset_index().astype(object)
-    return plain.where(plain.notna(), None).to_dict("records")
+def as_dict(table: pd.DataFrame) -> list[dict[str, object]]:
+    """Return a table's rows with its index, for JSON: numbers with six digits, null for NaN."""
+    return [
+        {name: _plain(value) for name, value in row.items()} for row in table.reset_index().to_dict("records")
+    ]
+
+
+def _plain(value: object) -> object:
+    if not isinstance(value, float | np.floating):
+        return int(value) if isinstance(value, np.integer) else value
+    return None if math.isnan(value) else int(value) if value.is_integer() else float(f"{value:.6g}")

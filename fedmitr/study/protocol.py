@@ -4,6 +4,7 @@ results/protocol.yaml names grounds (a start and a skew, with seeds and methods)
 on a ground), claims, the test, and all settings, so that a study under other ones is refused.
 """
 
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..core.errors import BadInput
 from ..core.paths import shipped
-from ..core.store import write_text
+from ..core.store import digest, write_text
 from ..experiments.compare import parse_seeds
 from ..experiments.differences import REFERENCE
-from ..methods import METHODS, find, in_order
+from ..methods import METHODS, described, find, in_order
 from ..settings import Settings, tuned_values
 
 PROTOCOL = "results/protocol.yaml"
@@ -71,8 +72,9 @@ class Claim(BaseModel):
 class Protocol(BaseModel):
     """The protocol of a study.
 
-    level: of the test, two-sided. size: a lead in accuracy that is worth a claim. defaults: every setting of
-    the profile, dotted, as it was when the protocol was written; tuned: start -> method -> settings.
+    level: of the test, two-sided. size: a lead in accuracy that is worth a claim. `freeze_settings` adds the
+    rest: defaults, every setting of the profile, dotted; tuned, start -> method -> settings; rules, a hash of
+    all else, so that nothing is changed once runs are there.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -85,6 +87,7 @@ class Protocol(BaseModel):
     claims: tuple[Claim, ...]
     defaults: Overrides = {}
     tuned: dict[str, dict[str, Overrides]] = {}
+    rules: str = ""
 
     def part(self, name: str) -> Ground | Panel:
         """Return a ground or a panel by its name; BadInput for another name."""
@@ -115,6 +118,8 @@ def read_protocol(path: Path | None = None) -> Protocol:
 
 def _check_names(protocol: Protocol) -> None:
     """Raise BadInput for an unknown method, a ground without FedMITR+, a claim about what is not run."""
+    if twice := set(protocol.grounds) & set(protocol.panels):
+        raise BadInput(f"part={min(twice)!r} is a ground and a panel: allowed is one of them")
     for where, ground in protocol.grounds.items():
         for name in ground.methods:
             find(name)
@@ -124,13 +129,37 @@ def _check_names(protocol: Protocol) -> None:
         for cell in panel.cells:
             find(panel.method_of(cell))
     for claim in protocol.claims:
-        named = () if isinstance(claim.than, str) else claim.than
         for where in claim.where:
             part = protocol.part(where)
+            if isinstance(claim.than, str) and isinstance(part, Panel):
+                raise BadInput(
+                    f"claim {claim.claim!r}: than={claim.than!r} is for grounds, {where!r} is a panel"
+                )
             known = list(part.cells) if isinstance(part, Panel) else protocol.methods_of(part)
-            for name in (claim.better, *named):
+            others = others_of(protocol, claim, where)
+            if not others:
+                raise BadInput(f"claim {claim.claim!r}: than={claim.than!r} names nothing on {where!r}")
+            for name in (claim.better, *others):
                 if name not in known:
                     raise BadInput(f"claim {claim.claim!r}: {name!r} is not run on {where!r}")
+
+
+def others_of(protocol: Protocol, claim: Claim, where: str) -> list[str]:
+    """Return the methods or cells that a claim says its method or cell to be above, on a ground or panel."""
+    if not isinstance(claim.than, str):
+        return list(claim.than)
+    names = protocol.methods_of(protocol.part(where))
+    return rivals(names, claim.better, images=claim.than == "images")
+
+
+def rivals(names: Sequence[str], but: str, images: bool = False) -> list[str]:
+    """Return the methods that a one-shot method is to be above, in the order of tables.
+
+    They take one exchange, leave one model and are no reference; images: and they make synthetic images.
+    """
+    records = [described(name) for name in in_order(names) if name != but]
+    chosen = [r for r in records if r.single_model and r.exchanges == 1 and not r.is_reference]
+    return [r.name for r in chosen if not images or r.distils]
 
 
 def planned(protocol: Protocol) -> pd.DataFrame:
@@ -158,26 +187,34 @@ def planned(protocol: Protocol) -> pd.DataFrame:
 
 
 def settings_now(protocol: Protocol) -> tuple[Overrides, dict[str, dict[str, Overrides]]]:
-    """Return what `defaults` and `tuned` of the protocol would be if it was written now."""
+    """Return what `defaults` and `tuned` of the protocol would be if it was frozen now."""
     tree = Settings.load(protocol.profile, protocol.settings).model_dump(mode="json")
     flat: Overrides = {}
     for block, values in tree.items():
         flat |= (
             {f"{block}.{k}": v for k, v in values.items()} if isinstance(values, dict) else {block: values}
         )
-    parts = [*protocol.grounds.values(), *protocol.panels.values()]
-    starts = dict.fromkeys(part.settings.get("model.name", flat["model.name"]) for part in parts)
+    starts = sorted({settings.model.name for settings in planned(protocol)["run under"]})
     found = {s: {m: tuned_values(protocol.profile, s, m) for m in METHODS} for s in starts}
     return flat, {s: {m: v for m, v in values.items() if v} for s, values in found.items()}
 
 
+def rules_of(protocol: Protocol) -> str:
+    """Return a hash of all but the settings: seeds, grounds, panels, claims, level, size."""
+    return digest(protocol.model_dump(mode="json", exclude={"defaults", "tuned", "rules"}))
+
+
 def check_unchanged(protocol: Protocol) -> None:
-    """Raise BadInput, naming the first setting, where settings are not those that the protocol has.
+    """Raise BadInput, naming the first setting, where the protocol is not, or no more, as it was frozen.
 
     Settings that did not exist then are passed over.
     """
-    if not protocol.defaults:
+    if not protocol.rules:
         raise BadInput("protocol has no settings yet: `fedmitr study --freeze` writes them, before any run")
+    if rules_of(protocol) != protocol.rules:
+        raise BadInput(
+            "protocol was changed after it was frozen: allowed are its seeds, parts and claims of then"
+        )
     flat, tuned = settings_now(protocol)
     for name, value in protocol.defaults.items():
         if flat.get(name) != value:
@@ -192,13 +229,27 @@ def check_unchanged(protocol: Protocol) -> None:
                 )
 
 
-def freeze_settings(path: Path) -> None:
-    """Write all settings of now into a protocol; BadInput where it has some already."""
+def freeze_settings(path: Path, tuned_on: Sequence[int] = ()) -> None:
+    """Write all settings of now, and a hash of the rules, into a protocol.
+
+    Raises BadInput where it has them already, for a seed that settings were chosen on (`tuned_on`), and for
+    two cells of a panel that would run the same.
+    """
     protocol = read_protocol(path)
-    if protocol.defaults or protocol.tuned:
+    if protocol.rules:
         raise BadInput(f"protocol={str(path)!r} has its settings already: it is not changed any more")
+    runs = planned(protocol)
+    if seen := sorted(set(runs["seed"]) & set(tuned_on)):
+        raise BadInput(f"seed={seen[0]} is one that settings were chosen on: allowed are others")
+    for (part, _), some in runs.groupby(["part", "seed"], sort=False):
+        first: dict[tuple[str, Settings], str] = {}
+        for cell, method, settings in zip(some["cell"], some["method"], some["run under"], strict=True):
+            same = first.setdefault((method, find(method).adapted(settings)), cell)
+            if same != cell:
+                raise BadInput(f"cells {same!r} and {cell!r} of {part!r} have the same settings")
     flat, tuned = settings_now(protocol)
     text = (
         path.read_text().rstrip() + "\n\n# Written by `fedmitr study --freeze`: every setting of all runs.\n"
     )
-    write_text(text + yaml.safe_dump({"defaults": flat, "tuned": tuned}, sort_keys=False), path)
+    added = {"rules": rules_of(protocol), "defaults": flat, "tuned": tuned}
+    write_text(text + yaml.safe_dump(added, sort_keys=False, allow_unicode=True), path)

@@ -3,6 +3,7 @@
 A stopped study goes on from its table and from the store. A part of it can be run again, to compare.
 """
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,28 +11,29 @@ import pandas as pd
 
 from ..core.errors import BadInput
 from ..core.paths import default_store
-from ..core.store import Store, check_output, fingerprint, write_csv
+from ..core.store import Store, check_output, digest, write_csv
 from ..experiments.compare import ACCOUNT, SECONDS, run_all, seconds_file
 from .protocol import Protocol, check_unchanged, planned
 
 KEYS = ("part", "cell", "method", "seed")
 COLUMNS = (*KEYS, "accuracy", *ACCOUNT, "settings")
+TEXT = dict.fromkeys(("part", "cell", "method", "settings"), str)
+READ = {"dtype": TEXT, "keep_default_na": False, "na_values": {name: [""] for name in ("accuracy", *SECONDS)}}
 
 
 def study(protocol: Protocol, store: Path | str | None = None, out: Path | None = None) -> pd.DataFrame:
     """Run the protocol and return one row a run, written to the CSV `out` too, and its times beside it.
 
-    Columns: `COLUMNS`, where settings is a hash of the run's, and `SECONDS`. Rows of `out` with the same
-    settings are taken over. Raises BadInput, before any work, where settings are not the protocol's.
+    Columns: `COLUMNS`, where settings is a hash of the run's, and `SECONDS`. Rows that `out` has are taken
+    over, whichever machine made them. Raises BadInput, before any work, where settings are not the protocol's
+    and where `out` has rows of another one.
     """
     check_unchanged(protocol)
     if out:
         check_output(out, f"out={str(out)!r}")
-    Store(store or default_store())
-    plan = _with_digests(planned(protocol))
-    place = plan.reset_index(names="place")[["place", *KEYS, "settings"]]
-    there = read_study(out) if out and out.exists() else pd.DataFrame(columns=[*COLUMNS, *SECONDS])
-    there = place.merge(there, on=[*KEYS, "settings"]).set_index("place").rename_axis(None)
+    kept = Store(store or default_store())
+    plan = with_digests(planned(protocol))
+    there = read_study(out, plan) if out and out.exists() else pd.DataFrame(columns=[*COLUMNS, *SECONDS])
     todo = plan.drop(there.index)
 
     def whole(found: pd.DataFrame) -> pd.DataFrame:
@@ -43,7 +45,9 @@ def study(protocol: Protocol, store: Path | str | None = None, out: Path | None 
     def save(found: pd.DataFrame) -> None:
         write_study(whole(found), out)
 
-    runs = run_all(list(zip(todo["method"], todo["run under"], strict=True)), store, save if out else None)
+    runs = run_all(
+        list(zip(todo["method"], todo["run under"], strict=True)), kept.root, save if out else None
+    )
     return whole(runs) if len(runs) else there[[*COLUMNS, *SECONDS]].sort_index()
 
 
@@ -57,44 +61,59 @@ def rerun(
 ) -> pd.DataFrame:
     """Run some rows of a study again; return their keys, the stored accuracy and the one of now.
 
-    cells: methods of a ground, or cells of a panel; by default all, and all seeds. Raises BadInput for what
-    the protocol does not have.
+    cells: methods of a ground, or cells of a panel; by default all, and all seeds. store: by default an empty
+    one, so that everything is computed. Raises BadInput for what the protocol does not have.
     """
+    check_unchanged(protocol)
     protocol.part(part)
     plan = planned(protocol)
     plan = plan[plan["part"] == part]
     for name, chosen, known in (("cell", cells, plan["cell"]), ("seed", seeds, plan["seed"])):
         if unknown := [one for one in chosen if one not in set(known)]:
-            allowed = ", ".join(map(str, dict.fromkeys(known)))
+            allowed = ", ".join(map(repr, dict.fromkeys(known)))
             raise BadInput(f"{name}={unknown[0]!r} is not run on {part!r}: allowed are {allowed}")
     plan = plan[plan["cell"].isin(cells or plan["cell"]) & plan["seed"].isin(seeds or plan["seed"])]
-    runs = run_all(list(zip(plan["method"], plan["run under"], strict=True)), store)
+    with tempfile.TemporaryDirectory() as empty:
+        runs = run_all(list(zip(plan["method"], plan["run under"], strict=True)), store or empty)
     table = plan[list(KEYS)].reset_index(drop=True).assign(now=runs["accuracy"].round(6))
     table = table.merge(stored[[*KEYS, "accuracy"]], on=list(KEYS), how="left")
     return table.rename(columns={"accuracy": "stored"})[[*KEYS, "stored", "now"]]
 
 
-def _with_digests(plan: pd.DataFrame) -> pd.DataFrame:
-    """Add a hash of each run's settings, with the machine's kind and the versions that results depend on."""
-    digests = [fingerprint("study", run.method, run[-1].model_dump()) for run in plan.itertuples(index=False)]
+def with_digests(plan: pd.DataFrame) -> pd.DataFrame:
+    """Add a hash of each run's settings, the same on every machine."""
+    digests = [digest("study", run.method, run[-1].model_dump()) for run in plan.itertuples(index=False)]
     return plan.assign(settings=digests)
 
 
 def write_study(table: pd.DataFrame, out: Path) -> None:
-    """Write the CSV of a study, and its times beside it."""
-    write_csv(table[list(COLUMNS)], out, digits=6)
+    """Write the times of a study, and then its CSV: rows that are there have theirs."""
     write_csv(table[[*KEYS, *SECONDS]], seconds_file(out), digits=3)
+    write_csv(table[list(COLUMNS)], out, digits=6)
 
 
-def read_study(path: Path) -> pd.DataFrame:
-    """Read what `write_study` wrote; BadInput for another table. Seconds are NaN where their file is gone."""
-    table = pd.read_csv(path)
+def read_study(path: Path, plan: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Read what `write_study` wrote; seconds are NaN where their file is gone.
+
+    plan: what `with_digests` returns; the table is then indexed by the plan's rows. Raises BadInput where
+    there is no such table, or one with rows that are not of the plan.
+    """
+    try:
+        table = pd.read_csv(path, **READ)
+        beside = seconds_file(path)
+        seconds = pd.read_csv(beside, **READ) if beside.exists() else None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"study={str(path)!r} cannot be read: `fedmitr study` writes it") from error
     if set(table.columns) != set(COLUMNS):
         raise BadInput(f"study={str(path)!r} is no table of a study: it has other columns")
-    beside = seconds_file(path)
-    seconds = (
-        pd.read_csv(beside)
-        if beside.exists()
-        else table[list(KEYS)].assign(**dict.fromkeys(SECONDS, float("nan")))
-    )
-    return table.merge(seconds, on=list(KEYS), how="left")
+    if seconds is None:
+        seconds = table[list(KEYS)].assign(**dict.fromkeys(SECONDS, float("nan")))
+    table = table.merge(seconds, on=list(KEYS), how="left")
+    if plan is None:
+        return table
+    place = plan.reset_index(names="place")[["place", *KEYS, "settings"]]
+    found = place.merge(table, on=[*KEYS, "settings"]).set_index("place").rename_axis(None)
+    if len(found) < len(table):
+        others = len(table) - len(found)
+        raise BadInput(f"study={str(path)!r} has {others} rows of another protocol: allowed is another --out")
+    return found

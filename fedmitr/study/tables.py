@@ -8,8 +8,8 @@ from ..experiments.differences import LABEL, by_family
 from ..methods import Range, described, dotted, in_order
 from ..settings import Settings, tuned_values
 
-GAP = f"minus {LABEL} [95 %, adjusted]"
-CARD = ["claim", "source", "where", "compared", "difference [95 %, adjusted]", "wins", "verdict"]
+GAP = f"minus {LABEL} [adjusted interval]"
+CARD = ["claim", "source", "where", "compared", "difference [adjusted interval]", "wins", "verdict"]
 
 
 def accuracy_columns(table: pd.DataFrame) -> pd.DataFrame:
@@ -63,7 +63,7 @@ def grounds_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 def panel_table(table: pd.DataFrame) -> pd.DataFrame:
     """Return a panel as text: accuracy of each cell, and the difference to the first."""
-    return accuracy_columns(table).rename(columns={GAP: "minus first [95 %, adjusted]"})
+    return accuracy_columns(table).rename(columns={GAP: "minus first [adjusted interval]"})
 
 
 def verdict_table(card: pd.DataFrame) -> pd.DataFrame:

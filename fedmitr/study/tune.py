@@ -1,11 +1,12 @@
 """Equal tuning: every method gets the same number of trials from each start, scored on validation images.
 
 A trial is a choice of values from a method's `search`. The first one is the profile's own values, the others
-are proposed by Optuna's TPE sampler; a method with fewer choices than trials tries each of them. A trial runs
-on one seed after another, and stops where it is not in the better half of the trials that came as far
+are proposed by Optuna's TPE sampler, half of them at random. A trial runs on one seed after another, and
+stops where it is not among the better half of the n trials that came as far, the best ⌊n/2⌋, or one at least
 (successive halving: Jamieson & Talwalkar, AISTATS 2016; Li et al., MLSys 2020), asked after 1, 2 and 4 seeds.
-Of the trials that ran on all seeds, the one with the highest mean accuracy gives the values under which the
-method is reported from this start (`Settings.load` with `method`).
+A method with fewer choices than trials tries each of them, on all seeds. Of the trials that ran on all seeds,
+the one with the highest mean accuracy gives the values under which the method is reported from this start
+(`Settings.load` with `method`).
 
 All searches go on side by side, and each is the same for any number of workers. A stopped tuning goes on
 from the table of its trials, and from the store.
@@ -26,19 +27,21 @@ import optuna
 import pandas as pd
 import yaml
 
-from ..core.errors import BadInput
+from ..core.errors import BadInput, Diverged
 from ..core.paths import default_store
 from ..core.processes import parallel
 from ..core.progress import progress
 from ..core.rng import derive_seed
-from ..core.store import Store, check_output, fingerprint, write_csv, write_text
+from ..core.store import Store, check_output, digest, write_csv, write_text
 from ..experiments.compare import Pair, check_all, train_clients
+from ..experiments.result import code_text
 from ..experiments.run import Experiment
 from ..methods import METHODS, Method, Range, Search, dotted, find
-from ..settings import Settings
+from ..settings import Settings, read_tuned
 
 STARTS = ("vit_micro", "vit_micro_early")  # values of model.name
 TRIALS, SEEDS = 20, tuple(range(5))
+SCENES: Mapping[str, Any] = {"task.scenes": 4}  # sharper validation accuracies; nothing is trained on them
 COMPLETE, STOPPED, FAILED = "complete", "stopped", "failed"
 SEED = "seed {}".format  # the column of a seed's accuracy
 Values = dict[str, Any]  # dotted setting -> value
@@ -54,7 +57,7 @@ class Plan:
     trials: int = TRIALS
     seeds: tuple[int, ...] = SEEDS
     profile: str = "laptop"
-    overrides: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=lambda: dict(SCENES))
 
     def settings(self, start: str, seed: int, values: Mapping[str, Any] | None = None) -> Settings:
         """Return the settings of a trial on one seed."""
@@ -73,9 +76,10 @@ def tune(
 
     methods: by default all that have something to try. Columns: start, method, trial, state (complete,
     stopped or failed: it diverged); accuracy, the mean over its seeds; values, as JSON; settings, a hash of
-    those that trials start from; the accuracy on each seed, empty where the trial did not get. Accuracies in
-    an existing `out` are taken over. Raises BadInput, before any work, for an unknown method or start, and
-    for no trial or no seed.
+    those that trials start from and of what they may try; the accuracy on each seed, empty where the trial
+    did not get. Accuracies in an existing `out` are taken over, and rows of other methods and starts stay
+    there. Raises BadInput, before any work, for an unknown method or start, no trial or no seed, values that
+    may be tried but are not allowed, and an `out` with trials of these methods under other settings.
     """
     if plan.trials < 1 or not plan.seeds:
         raise BadInput(f"trials={plan.trials}, seeds={list(plan.seeds)}: allowed is at least one of each")
@@ -83,21 +87,52 @@ def tune(
         check_output(out, f"out={str(out)!r}")
     methods = methods or [name for name, method in METHODS.items() if method.search]
     kept = Store(store or default_store())
-    groups = check_all([(m, plan.settings(s, n)) for s in starts for n in plan.seeds for m in methods], kept)
-    rows = dict[tuple[int, int], dict[str, Any]]()
-    known = read_accuracies(out)
     pairs = [(start, find(method)) for start in starts for method in methods]
+    for pair in pairs:
+        check_search(plan, *pair)
+    todo = check_all([(m, plan.settings(s, n)) for s in starts for n in plan.seeds for m in methods], kept)
+    there = read_trials(out)
+    others = _not_of(there, {(s, m.name): digest_of(plan, s, m) for s, m in pairs}, out)
+    known = accuracies_of(there)
+    rows = dict[tuple[int, int], dict[str, Any]]()
     searches = [search(plan, *pair, known, partial(_keep, rows, i)) for i, pair in enumerate(pairs)]
-    train_clients(groups)
+    train_clients(todo, kept)
     with progress(sum(trials_of(plan, method) for _, method in pairs), "tuning", "trial") as bar:
 
         def show() -> None:
             bar.update(len(rows) - bar.n)
             if out and rows:
-                write_csv(_table(rows, plan.seeds), out, digits=6)
+                own = _table(rows, plan.seeds)
+                write_csv(pd.concat([others, own]) if len(others) else own, out, digits=6)
 
         advance(searches, kept, show)
     return _table(rows, plan.seeds)
+
+
+def check_search(plan: Plan, start: str, method: Method) -> None:
+    """Raise BadInput for an unknown setting, and for a value that a trial may try but is not allowed."""
+    for setting, allowed in method.search.items():
+        for value in (allowed.low, allowed.high) if isinstance(allowed, Range) else allowed:
+            plan.settings(start, plan.seeds[0], {setting: value})
+
+
+def digest_of(plan: Plan, start: str, method: Method) -> str:
+    """Return a hash of what trials start from and may try, and of the code of a method of your own."""
+    own = "" if method.is_shipped else code_text(method.run)
+    base = plan.settings(start, plan.seeds[0]).model_dump()
+    return digest("tuning", method.name, base, {name: str(v) for name, v in method.search.items()}, own)
+
+
+def _not_of(there: pd.DataFrame, digests: Mapping[tuple[str, str], str], out: Path | None) -> pd.DataFrame:
+    """Return the rows of other searches; BadInput for rows of these under other settings."""
+    keys = list(zip(there["start"], there["method"], strict=True))
+    for key, found in zip(keys, there["settings"], strict=True):
+        if digests.get(key, found) != found:
+            raise BadInput(
+                f"out={str(out)!r} has trials of {key[1]} from {key[0]} under other settings: allowed is "
+                "another file, or to delete this one"
+            )
+    return there[[key not in digests for key in keys]]
 
 
 def _keep(rows: dict[tuple[int, int], dict[str, Any]], index: int, row: dict[str, Any]) -> None:
@@ -129,7 +164,7 @@ def search(
 ) -> Trials:
     """Propose one method's trials, one after the other; what a trial gave is handed to `keep`.
 
-    known: accuracies of an earlier run by `_address`.
+    known: what an earlier run gave, as `accuracies_of` returns it.
     """
     name, space, count = method.name, method.search, trials_of(plan, method)
     study = optuna.create_study(
@@ -142,31 +177,32 @@ def search(
     base = plan.settings(start, plan.seeds[0])
     own = {setting: dotted(base, setting) for setting in space}
     study.enqueue_trial(encoded(own, space))
-    if choices(space) <= plan.trials:  # try them all
+    exhaustive = choices(space) <= plan.trials
+    if exhaustive:  # all of them, on all seeds
         for values in product(*space.values()):
             study.enqueue_trial(encoded(dict(zip(space, values, strict=True)), space), skip_if_exists=True)
-    digest = fingerprint("tuning", name, base.model_dump())
+    settings = digest_of(plan, start, method)
     for number in range(int(count)):
         trial = study.ask()
         values = {setting: suggest(trial, setting, allowed) for setting, allowed in space.items()}
         found, state = dict[int, float](), COMPLETE
         for seed in plan.seeds:
-            accuracy = known.get((start, name, digest, json.dumps(values), SEED(seed)))
+            accuracy = known.get((start, name, settings, json.dumps(values), SEED(seed)))
             if accuracy is None:
                 accuracy = yield name, plan.settings(start, seed, values)
-            if accuracy is None:
+            if accuracy is None or math.isnan(accuracy):
                 state = FAILED
                 break
             found[seed] = accuracy
             trial.report(fmean(found.values()), len(found))
-            if len(found) < len(plan.seeds) and trial.should_prune():
+            if len(found) < len(plan.seeds) and not exhaustive and trial.should_prune():
                 state = STOPPED
                 break
         mean = fmean(found.values()) if found else math.nan
         told = {COMPLETE: "COMPLETE", STOPPED: "PRUNED", FAILED: "FAIL"}[state]
         study.tell(trial, mean if state == COMPLETE else None, optuna.trial.TrialState[told])
         row = {"start": start, "method": name, "trial": number, "state": state, "accuracy": mean}
-        row |= {"values": json.dumps(values), "settings": digest}
+        row |= {"values": json.dumps(values), "settings": settings}
         keep(row | {SEED(seed): value for seed, value in found.items()})
 
 
@@ -225,21 +261,35 @@ def _measure(store: Path, pair: Pair) -> tuple[float | None, float]:
     began = time.perf_counter()
     try:
         accuracy = round(Experiment(settings, store).validation_accuracy(method), 6)
-    except BadInput:  # the settings were checked before: it diverged
+    except Diverged:
         accuracy = None
     return accuracy, time.perf_counter() - began
 
 
-def read_accuracies(path: Path | None) -> dict[tuple[str, ...], float]:
-    """Read the accuracies of a table of trials by start, method, settings, values and column of the seed."""
+def read_trials(path: Path | None) -> pd.DataFrame:
+    """Read a table of trials, empty where there is no file; BadInput for a table of something else."""
+    names = ["start", "method", "trial", "state", "accuracy", "values", "settings"]
     if path is None or not path.exists():
-        return {}
-    table, keys = pd.read_csv(path, keep_default_na=True), ["start", "method", "settings", "values"]
-    if not {*keys} <= {*table.columns}:
+        return pd.DataFrame(columns=names)
+    try:
+        table = pd.read_csv(
+            path, dtype=dict.fromkeys(("start", "method", "state", "values", "settings"), str)
+        )
+    except (ValueError, UnicodeDecodeError) as error:
+        raise BadInput(f"out={str(path)!r} is no table of trials: it cannot be read as CSV") from error
+    if not {*names} <= {*table.columns}:
         raise BadInput(f"out={str(path)!r} is no table of trials: its columns are {', '.join(table.columns)}")
-    seeds = [column for column in table.columns if column.startswith("seed ")]
-    long = table.melt(keys, seeds, "seed").dropna(subset="value")
-    return {tuple(row[:-1]): row[-1] for row in long.itertuples(index=False)}
+    return table
+
+
+def accuracies_of(trials: pd.DataFrame) -> dict[tuple[str, ...], float]:
+    """Return start, method, settings, values and column of the seed -> accuracy; NaN where a trial failed."""
+    seeds, found = [column for column in trials.columns if column.startswith("seed ")], {}
+    for _, row in trials.iterrows():
+        for column in seeds:
+            if row["state"] == FAILED or not math.isnan(row[column]):
+                found[(*row[["start", "method", "settings", "values"]], column)] = row[column]
+    return found
 
 
 def best_values(trials: pd.DataFrame) -> dict[str, dict[str, Values]]:
@@ -259,7 +309,9 @@ def best_values(trials: pd.DataFrame) -> dict[str, dict[str, Values]]:
 
 
 def write_tuned(tuned: Mapping[str, Mapping[str, Values]], profile: str, path: Path) -> None:
-    """Write the values of `best_values` for a profile; what the file has for others stays."""
-    known = yaml.safe_load(path.read_text()) if path.exists() else {}
+    """Write the values of `best_values` for a profile; what else the file has stays."""
+    tree = read_tuned(path)
+    for start, methods in tuned.items():
+        tree.setdefault(profile, {}).setdefault(start, {}).update(methods)
     text = "# Written by `fedmitr tune`: profile, shared start, method, and the values that won its trials.\n"
-    write_text(text + yaml.safe_dump({**known, profile: dict(tuned)}, sort_keys=False), path)
+    write_text(text + yaml.safe_dump(tree, sort_keys=False), path)

@@ -1,21 +1,26 @@
 """Verdicts: each claim of the protocol judged by the study's runs, by rules that were written before them.
 
-A claim that one method is above another *holds* where the interval of the difference, adjusted for all
-comparisons of the claim, lies above zero. It *fails* where the interval excludes even the smallest lead that
-is worth a claim (`Protocol.size`). Else it is *not decided*, and the interval says how large the lead may be.
+A claim that one method is above others *holds* where Holm's procedure, over all comparisons of the claim,
+finds every lead above zero. It *fails* where the procedure finds some lead below the smallest one that is
+worth a claim (`Protocol.size`). Else it is *not decided*, and says how large the lead may be: the upper end
+of the interval that holds for all comparisons of the claim together. Both procedures err with a probability
+of `Protocol.level` at most. A lead that is surely above zero holds, however small it is.
 """
 
 import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from ..core.store import write_json
+from ..experiments.compare import parse_seeds
 from ..experiments.differences import REFERENCE
-from ..methods import described, in_order
+from ..methods import described
 from .analysis import as_dict, differences, part_table, wide
-from .protocol import Claim, Ground, Panel, Protocol
+from .protocol import Claim, Ground, Panel, Protocol, others_of, rivals
 
 HOLDS, FAILS, OPEN, UNTESTED = "holds", "fails", "not decided", "not tested"
 COLUMNS = [
@@ -31,68 +36,50 @@ COLUMNS = [
     "seeds",
     "verdict",
 ]
-IMAGES = "synthetic images"
-
-
-def judge(low: float, high: float, size: float) -> str:
-    """Return the verdict on a lead whose adjusted interval is [low, high]."""
-    if high - low < 1e-9:  # the same on every seed: nothing was tested
-        return OPEN
-    return HOLDS if low > 0 else FAILS if high < size else f"{OPEN}: could be as large as {high:+.3f}"
-
-
-def rivals(names: list[str], but: str, images: bool = False) -> list[str]:
-    """Return the methods that a one-shot method is to be above, in the order of tables.
-
-    They take one exchange, leave one model and are no reference; images: and they make synthetic images.
-    """
-    records = [described(name) for name in in_order(names) if name != but]
-    chosen = [r for r in records if r.single_model and r.exchanges == 1 and not r.is_reference]
-    return [r.name for r in chosen if not images or r.family == IMAGES]
 
 
 def verdicts(protocol: Protocol, runs: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each claim and part: what was compared, the decisive difference, and the verdict.
 
     runs: the study's table. A claim over several rivals holds where it holds against each of them, and fails
-    where it fails against one; the row shows the rival that leaves the least lead, and the adjusted p-value
-    against that one. A claim whose runs are missing is not tested.
+    where it fails against one. The row shows the rival that decides: of those that it fails against, else of
+    those that are not decided, else of all, the one that leaves the least lead. A claim is not tested while
+    some of its runs are missing.
     """
     rows = [_row(protocol, runs, claim, part) for claim in protocol.claims for part in claim.where]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _row(protocol: Protocol, runs: pd.DataFrame, claim: Claim, part: str) -> dict[str, Any]:
-    scores = wide(runs[runs["part"] == part])
-    if isinstance(claim.than, str):
-        names = protocol.methods_of(protocol.part(part))
-        others = rivals(names, claim.better, images=claim.than == "images")
-    else:
-        others = list(claim.than)
-    row = {"claim": claim.claim, "source": claim.source, "where": part}
+    others, seeds = others_of(protocol, claim, part), parse_seeds(protocol.part(part).seeds)
     label = _labels(protocol.part(part))
     told = label(others[0]) if len(others) == 1 else f"each of {len(others)}"
-    if not {claim.better, *others} <= set(scores.columns):
-        return row | {"compared": f"{label(claim.better)} − {told}", "verdict": UNTESTED}
-    table = differences(scores, [(claim.better, other) for other in others], protocol.level)
-    said = [judge(low, high, protocol.size) for low, high in table[["low Holm", "high Holm"]].to_numpy()]
-    least = table["high Holm"].argmin()
-    found = table.iloc[least]
+    row = {"claim": claim.claim, "source": claim.source, "where": part}
+    row["compared"] = f"{label(claim.better)} − {told}"
+    scores = wide(runs[runs["part"] == part]).reindex(index=seeds, columns=[claim.better, *others])
+    done = int(scores.notna().all(axis=1).sum())
+    if done < len(seeds):
+        return row | {"verdict": f"{UNTESTED}: {done} of {len(seeds)} seeds"}
+    table, said = judged(scores, claim.better, others, protocol.level, protocol.size)
+    verdict = next(kind for kind in (FAILS, OPEN, HOLDS) if kind in said)
+    found = table[[one == verdict for one in said]].nsmallest(1, "high all").iloc[0]
     if len(others) > 1:
-        told += f", {said.count(HOLDS)} hold; least against {label(others[least])}"
-    verdict = FAILS if FAILS in said else HOLDS if set(said) == {HOLDS} else said[least]
-    if verdict == HOLDS and len(others) > 1:
-        told = f"each of {len(others)}; least against {label(others[least])}"
-    return row | {
-        "compared": f"{label(claim.better)} − {told}",
-        "difference": found["difference"],
-        "low": found["low Holm"],
-        "high": found["high Holm"],
-        "p": found["p Holm"],
-        "wins": int(found["wins"]),
-        "seeds": int(found["seeds"]),
-        "verdict": verdict,
-    }
+        row["compared"] += f" ({said.count(HOLDS)} hold); least lead: {label(found.name[1])}"
+    if verdict == OPEN:
+        verdict += f": could be as large as {table['high all'].min():+.3f}"
+    columns = {"low": "low Holm", "high": "high Holm", "p": "p Holm"}
+    row |= {name: found[columns.get(name, name)] for name in ("difference", "low", "high", "p")}
+    return row | {"wins": int(found["wins"]), "seeds": len(seeds), "verdict": verdict}
+
+
+def judged(
+    scores: pd.DataFrame, better: str, others: Sequence[str], level: float, size: float
+) -> tuple[pd.DataFrame, list[str]]:
+    """Test the leads of a column over others; return the table of differences, and a verdict on each lead."""
+    pairs = [(better, other) for other in others]
+    table, least = (differences(scores, pairs, level, lead) for lead in (0.0, size))
+    holds, fails = table["low Holm"] > 0, least["high Holm"] < size
+    return table, [HOLDS if h else FAILS if f else OPEN for h, f in zip(holds, fails, strict=True)]
 
 
 def _labels(part: Ground | Panel):
@@ -101,19 +88,19 @@ def _labels(part: Ground | Panel):
 
 
 def summary(protocol: Protocol, runs: pd.DataFrame) -> list[str]:
-    """Write what the study says in five lines, on its primary grounds."""
-    grounds = [name for name, ground in protocol.grounds.items() if ground.role == "primary"]
-    tables = {name: part_table(protocol, runs, name) for name in grounds}
+    """Write what the study says in five lines, on its primary grounds as far as they have run."""
+    names = [name for name, ground in protocol.grounds.items() if ground.role == "primary"]
+    tables = {name: part_table(protocol, runs, name) for name in names if (runs["part"] == name).any()}
     return [
         _each(tables, "Highest mean of one model from one exchange", _best),
         _each(tables, "Other methods and FedMITR+", _counts),
-        _each(tables, "Do images add to sums of features? FedMITR+ minus ridge+", _against("ridge_plus")),
-        _each(tables, "FedMITR as published, minus FedMITR+", _against("fedmitr", turned=True)),
+        _each(tables, "Do images add to sums? FedMITR+ minus ridge+", partial(_minus, "ridge_plus")),
+        _each(tables, "FedMITR+ minus FedMITR as published", partial(_minus, "fedmitr")),
         "Claims of the papers and ours: " + _tally(verdicts(protocol, runs)) + ".",
     ]
 
 
-def _each(tables: dict[str, pd.DataFrame], title: str, say) -> str:
+def _each(tables: Mapping[str, pd.DataFrame], title: str, say: Callable[[pd.DataFrame], str]) -> str:
     return f"{title}: " + "; ".join(f"{name}: {say(table)}" for name, table in tables.items()) + "."
 
 
@@ -129,18 +116,12 @@ def _counts(table: pd.DataFrame) -> str:
     return f"{below} of {len(some)} below it, {above} above, {len(some) - below - above} not told apart"
 
 
-def _against(other: str, turned: bool = False):
-    """Return what says a method's difference to FedMITR+; FedMITR+ minus the method unless it is turned."""
-
-    def say(table: pd.DataFrame) -> str:
-        if other not in table.index:
-            return "not run"
-        row = table.loc[other]
-        sign = 1 if turned else -1
-        low, high = sorted((sign * row["low Holm"], sign * row["high Holm"]))
-        return f"{sign * row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
-
-    return say
+def _minus(other: str, table: pd.DataFrame) -> str:
+    """Say the lead of FedMITR+ over another method, with the interval of the ground's table."""
+    if other not in table.index or pd.isna(table.loc[other, "difference"]):
+        return "not run"
+    row = -table.loc[other, ["difference", "high Holm", "low Holm"]].astype(float)
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row)
 
 
 def _tally(card: pd.DataFrame) -> str:

@@ -17,6 +17,8 @@ def folder(tmp_path_factory):
 
 
 def test_tune_writes_every_trial_and_what_won(folder):
+    refused = call_cli("tune", "--methods", "ridge", "--trials", "3")
+    assert refused.exit_code == 2 and "--out" in refused.stderr
     words = ["--methods", "ridge", "--starts", "vit_micro", "--trials", "3", "--seeds", "0-1"]
     files = ["--store", folder / "store", "--out", folder / "tuning.csv", "--tuned", folder / "tuned.yaml"]
     done = call_cli("tune", *words, "--profile", "smoke", *SMALL, *files)
@@ -33,6 +35,10 @@ def test_study_runs_the_protocol_reports_and_runs_rows_again(folder):
     grounds = {"early": PROTOCOL["grounds"]["early"] | {"methods": ["fedmitr_plus", "ncm"], "seeds": "30-31"}}
     path.write_text(yaml.safe_dump(PROTOCOL | {"grounds": grounds, "claims": []}))
     options = ["--protocol", path, "--store", folder / "store", "--out", out]
+    alone = call_cli("study", "--protocol", path)
+    assert alone.exit_code == 2 and "--out" in alone.stderr
+    for words in (["--report", "--freeze"], ["--cell", "ncm"]):
+        assert call_cli("study", *options, *words).exit_code == 2
     refused = call_cli("study", *options)
     assert refused.exit_code == 2 and "--freeze" in refused.stderr and not out.exists()
     assert call_cli("study", *options, "--freeze").exit_code == 0
@@ -42,7 +48,7 @@ def test_study_runs_the_protocol_reports_and_runs_rows_again(folder):
     rows, report = out.read_bytes(), out.with_suffix(".json").read_bytes()
     assert set(json.loads(report)["parts"]) == {"early", "heads"}
     assert call_cli("study", *options, "--report").exit_code == 0
-    again = call_cli("study", *options, "--again", "early", "--cells", "ncm", "--seeds", "31")
+    again = call_cli("study", *options, "--again", "early", "--cell", "ncm", "--seeds", "31")
     assert again.exit_code == 0, again.output
     cells = again.stdout.strip().splitlines()[-1].split()
     assert cells[:4] == ["early", "ncm", "ncm", "31"] and cells[4] == cells[5]

@@ -61,9 +61,27 @@ def test_seeds_that_one_of_two_lacks_are_left_out():
     assert row["difference"] == pytest.approx((table["b"] - table["a"])[1:].mean())
 
 
-@pytest.mark.parametrize("seeds", [1, 5])
-def test_what_is_the_same_on_every_seed_is_not_tested(seeds):
-    table = scores(seeds=seeds, columns="a").assign(b=lambda t: t["a"] + 0.01)
+def test_one_seed_is_not_tested_and_has_no_interval():
+    row = differences(scores(seeds=1), [("b", "a")]).iloc[0]
+    assert row["p"] == row["p Holm"] == 1 and row[["low", "high", "low Holm", "high all"]].isna().all()
+
+
+def test_a_difference_that_is_the_same_on_every_seed_is_its_own_interval():
+    table = scores(seeds=5, columns="a").assign(b=lambda t: t["a"] + 0.01)
     row = differences(table, [("b", "a")]).iloc[0]
-    assert row["p"] == row["p Holm"] == 1
-    assert row["low Holm"] == row["high Holm"] == pytest.approx(0.01)
+    assert row["p"] == 0 and row["low Holm"] == row["high all"] == pytest.approx(0.01)
+    assert differences(table, [("b", "a")], lead=0.01)["p"].item() == 1
+
+
+def test_another_lead_is_tested_as_scipy_does():
+    table, found = scores(), differences(scores(), PAIRS, lead=0.01)
+    for one, other in PAIRS:
+        gap = table[one] - table[other]
+        assert found.loc[(one, other), "p"] == pytest.approx(stats.ttest_1samp(gap, 0.01).pvalue)
+
+
+def test_the_common_upper_end_is_bonferronis():
+    table, found = scores(), differences(scores(), PAIRS)
+    for one, other in PAIRS:
+        both = stats.ttest_rel(table[one], table[other]).confidence_interval(1 - 0.05 / len(PAIRS))
+        assert found.loc[(one, other), "high all"] == pytest.approx(both.high)

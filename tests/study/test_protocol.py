@@ -68,6 +68,40 @@ def test_tuned_values_that_have_changed_are_refused_by_method(protocol, one_line
     one_line(error.value, "'dense'", "vit_micro", "0.5")
 
 
+CHANGES = {
+    "level": lambda p: p.model_copy(update={"level": 0.5}),
+    "size": lambda p: p.model_copy(update={"size": 0.2}),
+    "a ground's seeds": lambda p: p.model_copy(
+        update={"grounds": p.grounds | {"early": p.grounds["early"].model_copy(update={"seeds": "30-33"})}}
+    ),
+    "a claim": lambda p: p.model_copy(update={"claims": p.claims[1:]}),
+    "a panel": lambda p: p.model_copy(update={"panels": {}}),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_rules_that_have_changed_are_refused(case, protocol, one_line):
+    with pytest.raises(BadInput) as error:
+        check_unchanged(CHANGES[case](protocol))
+    one_line(error.value, "changed after it was frozen")
+
+
+def test_seeds_that_settings_were_chosen_on_are_refused(file, one_line):
+    with pytest.raises(BadInput) as error:
+        freeze_settings(file, tuned_on=[7, 31])
+    one_line(error.value, "seed=31")
+
+
+def test_two_cells_of_one_panel_that_would_run_the_same_are_refused(tmp_path, one_line):
+    tree = yaml.safe_load(yaml.safe_dump(PROTOCOL))
+    tree["panels"]["heads"]["cells"]["λ = 100"] = {"statistics.ridge": 1.0}
+    path = tmp_path / "same.yaml"
+    path.write_text(yaml.safe_dump(tree, allow_unicode=True))
+    with pytest.raises(BadInput) as error:
+        freeze_settings(path)
+    one_line(error.value, "λ = 1", "λ = 100", "same settings")
+
+
 def test_a_setting_that_is_new_since_then_is_passed_over(protocol):
     older = {name: value for name, value in protocol.defaults.items() if name != "distill.lr"}
     check_unchanged(protocol.model_copy(update={"defaults": older}))
@@ -105,6 +139,9 @@ BAD = {
     "ground without FedMITR+": (lambda p: p["grounds"]["later"].update(methods=["ncm"]) or p, "fedmitr_plus"),
     "claim about another part": (lambda p: p["claims"][0].update(where=["nowhere"]) or p, "nowhere"),
     "claim about what is not run": (lambda p: p["claims"][2].update(than=["dense"]) or p, "dense"),
+    "rivals on a panel": (lambda p: p["claims"][3].update(than="rivals") or p, "is a panel"),
+    "a claim over nothing": (lambda p: p["claims"][2].update(than=[]) or p, "names nothing"),
+    "one name twice": (lambda p: p["panels"].update(early=p["panels"]["heads"]) or p, "a ground and a panel"),
     "panel of one cell": (lambda p: p["panels"]["heads"].update(cells={"a": {}}) or p, "cells"),
 }
 

@@ -2,12 +2,13 @@
 
 import pandas as pd
 import pytest
+import torch
 
 import fedmitr as fm
 from fedmitr.core.errors import BadInput
 from fedmitr.experiments import compare
-from fedmitr.study.protocol import planned
-from fedmitr.study.run import COLUMNS, read_study, rerun, study
+from fedmitr.study.protocol import planned, rules_of
+from fedmitr.study.run import COLUMNS, read_study, rerun, study, write_study
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,8 @@ def few(protocol):
         name: ground.model_copy(update={"methods": ("ridge", "ncm")})
         for name, ground in protocol.grounds.items()
     }
-    return protocol.model_copy(update={"grounds": grounds, "claims": ()})
+    made = protocol.model_copy(update={"grounds": grounds, "claims": ()})
+    return made.model_copy(update={"rules": rules_of(made)})
 
 
 @pytest.fixture
@@ -59,16 +61,49 @@ def test_a_study_goes_on_from_its_table_alone(runs, few, folder, tmp_path, monke
     assert out.read_bytes() == whole
 
 
-def test_rows_of_other_settings_are_run_anew(runs, few, folder, tmp_path):
+@pytest.mark.parametrize("change", [{"settings": "other"}, {"seed": 99}])
+def test_a_table_of_another_protocol_is_refused_and_left(change, runs, few, folder, tmp_path, one_line):
     out = tmp_path / "study.csv"
-    table = pd.read_csv(folder / "study.csv").assign(settings="other", accuracy=0.0)
-    table.to_csv(out, index=False)
-    study(few, folder / "store", out)
-    assert out.read_bytes() == (folder / "study.csv").read_bytes()
+    pd.read_csv(folder / "study.csv").assign(**change).to_csv(out, index=False)
+    before = out.read_bytes()
+    with pytest.raises(BadInput) as error:
+        study(few, folder / "store", out)
+    one_line(error.value, "study.csv", "another protocol")
+    assert out.read_bytes() == before
 
 
-def test_some_rows_again_from_an_empty_store(runs, few, tmp_path):
-    table = rerun(few, runs, "early", ["ncm"], [31], tmp_path / "store")
+def test_rows_are_known_on_a_machine_with_other_threads(runs, few, folder, tmp_path, forbid):
+    forbid(compare, "_run_in_worker")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        again = study(few, tmp_path / "store", folder / "study.csv")
+    finally:
+        torch.set_num_threads(threads)
+    assert len(again) == len(runs)
+
+
+def test_cells_that_look_like_numbers_are_read_as_text(runs, folder, tmp_path):
+    table = runs.assign(cell=["400"] * len(runs), settings=["0123"] * len(runs))
+    write_study(table, tmp_path / "study.csv")
+    assert set(read_study(tmp_path / "study.csv")["cell"]) == {"400"}
+    assert set(read_study(tmp_path / "study.csv")["settings"]) == {"0123"}
+
+
+@pytest.mark.parametrize("text", [None, "", "a,b\n1,2\n"])
+def test_what_is_no_table_of_a_study_is_one_line(text, tmp_path, one_line):
+    if text is not None:
+        (tmp_path / "study.csv").write_text(text)
+    with pytest.raises(BadInput) as error:
+        read_study(tmp_path / "study.csv")
+    one_line(error.value, "study.csv")
+
+
+def test_some_rows_again_are_computed_anew(runs, few, folder):
+    wrong = runs.assign(accuracy=0.5)
+    table = rerun(few, wrong, "early", ["ncm"], [31])
+    assert table["now"].item() != table["stored"].item() == 0.5
+    table = rerun(few, runs, "early", ["ncm"], [31])
     assert table[["cell", "seed"]].values.tolist() == [["ncm", 31]]
     assert table["stored"].item() == pytest.approx(table["now"].item(), abs=1e-6)
 

@@ -16,7 +16,15 @@ from fedmitr.upload import ModelShape
 from fedmitr.vision.vit import create_vit
 
 UNCOUNTED = {"ensemble.mode": "mean_probs", "inversion.teacher": "ensemble"}  # neither needs histograms
-UNTUNED = {"fedavg", "ensemble_statistics", "local", "textures", "real_images", "central"}
+UNTUNED = {
+    "fedavg",
+    "calibrated_ensemble",
+    "ensemble_statistics",
+    "local",
+    "textures",
+    "real_images",
+    "central",
+}
 COUNT = {"fedftg"}  # methods that need them anyhow: FedFTG, and those with FedMITR+'s teacher or images
 COUNT |= {"fedmitr_plus", "calibrated_ensemble", "ensemble_statistics", "textures", "real_images"}
 

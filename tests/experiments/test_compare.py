@@ -121,8 +121,8 @@ def test_what_cannot_work_is_found_before_anything_is_trained(
 def test_the_table_is_written_after_every_run_and_its_times_beside_it(notes, tmp_path, monkeypatch):
     out, written, write = tmp_path / "deep" / "runs.csv", [], module.write_table
 
-    def record(table, path):
-        write(table, path)
+    def record(table, out):
+        write(table, out)
         written.append([len(pd.read_csv(p)) for p in (out, tmp_path / "deep" / "runs_seconds.csv")])
 
     monkeypatch.setattr(module, "write_table", record)

@@ -25,22 +25,12 @@ from fedmitr.experiments.differences import (
 )
 from fedmitr.methods import described, in_order
 from fedmitr.settings import Settings
+from fedmitr.study.tables import markdown
 
 RESULTS = home() / "results" / "comparison.csv"
 SKEWS = home() / "results" / "skews.csv"
 START, END = "<!-- results: ", "<!-- /results -->"
 COSTS = ["exchanges", "MB up", "server seconds"]
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """A table of text, indexed by family and method, in Markdown; a family is named in its first row."""
-    lines = ["| " + " | ".join([*table.index.names, *table.columns]) + " |"]
-    lines += ["|---" * (len(table.columns) + 2) + "|"]
-    last = None
-    for (family, method), row in zip(table.index, table.to_numpy(), strict=True):
-        lines.append("| " + " | ".join(["" if family == last else family, method, *row]) + " |")
-        last = family
-    return "\n".join(lines)
 
 
 def accuracy_table(runs: pd.DataFrame, seconds: pd.DataFrame, skews: pd.DataFrame) -> str:

@@ -7,12 +7,17 @@ import click
 from ..core.errors import BadInput
 from ..core.paths import home
 from ..methods import find
-from ..settings import PROFILES, parse_assignment
+from ..settings import parse_assignment
 from ..settings.load import TUNED
-from .options import HINT, backend_option, cluster_option, jobs_option, main
-
-store_option = click.option(
-    "--store", type=click.Path(path_type=Path), help="Folder of artefacts; default data/store."
+from .options import (
+    HINT,
+    backend_option,
+    cluster_option,
+    jobs_option,
+    main,
+    profile_option,
+    set_option,
+    store_option,
 )
 
 
@@ -21,8 +26,8 @@ store_option = click.option(
 @click.option("--starts", help="Comma-separated values of model.name; default both that ship.")
 @click.option("--trials", type=click.IntRange(1), help="Of each method from each start; default 20.")
 @click.option("--seeds", help="Such as 0-4, the default, or 1,3,5.")
-@click.option("--profile", default="laptop", show_default=True, metavar="P", help=", ".join(PROFILES))
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable.")
+@profile_option
+@set_option
 @click.option("--out", type=click.Path(path_type=Path), help="CSV of all trials; default results/tuning.csv.")
 @click.option(
     "--tuned", type=click.Path(path_type=Path), help="YAML of what won; default results/tuned.yaml."
@@ -44,6 +49,7 @@ def tune(methods, starts, trials, seeds, profile, assignments, out, tuned, store
     from ..core.paths import DEFAULT_PROFILE
     from ..core.store import check_output
     from ..experiments.compare import parse_seeds
+    from ..study.tables import trials_table
     from ..study.tune import SCENES, SEEDS, STARTS, TRIALS, Plan, best_values, write_tuned
     from ..study.tune import tune as tune_all
 
@@ -59,8 +65,6 @@ def tune(methods, starts, trials, seeds, profile, assignments, out, tuned, store
     table = tune_all(plan, chosen, begins, store, out)
     if tuned:
         write_tuned(best_values(table), profile, tuned)
-    from ..study.tables import trials_table
-
     click.echo(trials_table(table).to_string(float_format="{:.3f}".format))
 
 
@@ -79,8 +83,8 @@ def tune(methods, starts, trials, seeds, profile, assignments, out, tuned, store
 def study(protocol, freeze, report, again, cells, seeds, out, store) -> None:
     """Run the committed protocol, judge its claims, and write results/study.{csv,json}."""
     from ..experiments.compare import parse_seeds
-    from ..study.protocol import PROTOCOL, check_unchanged, freeze_settings, planned, read_protocol
-    from ..study.run import read_study, rerun, with_digests
+    from ..study.protocol import PROTOCOL, freeze_settings, read_protocol
+    from ..study.run import finished, read_study, rerun
     from ..study.run import study as run_study
     from ..study.tune import SEEDS
     from ..study.verdicts import summary, write_report
@@ -98,12 +102,6 @@ def study(protocol, freeze, report, again, cells, seeds, out, store) -> None:
         table = rerun(plan, read_study(out), again, cells, chosen, store)
         click.echo(table.to_string(index=False, float_format="{:.6f}".format))
         return
-    if report:
-        check_unchanged(plan)
-    else:
-        run_study(plan, store, out)
-    runs = read_study(
-        out, with_digests(planned(plan))
-    )  # with the file's digits: the report is always the same
+    runs = finished(plan, out) if report else run_study(plan, store, out)
     write_report(plan, runs, out.with_suffix(".json"))
     click.echo("\n".join(summary(plan, runs)))

@@ -91,20 +91,27 @@ cluster_option = click.option(
 )
 
 
+profile_option = click.option(
+    "--profile", default="laptop", show_default=True, metavar="P", help=", ".join(PROFILES)
+)
+set_option = click.option(
+    "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable."
+)
+store_option = click.option(
+    "--store", type=click.Path(path_type=Path), help="Folder of artefacts; default data/store."
+)
+
+
 def settings_options(command: click.Command) -> click.Command:
     """Add the options that say what is run, shared by `run`, `compare` (--alpha: several) and `sweep`."""
     options = [
-        click.option("--profile", default="laptop", show_default=True, metavar="P", help=", ".join(PROFILES)),
+        profile_option,
         click.option("--task", metavar="T", help="task.name"),
         click.option("--model", metavar="M", help="model.name: the shared start, such as vit_micro_early"),
         click.option("--clients", metavar="K", help="partition.clients"),
         click.option("--alpha", metavar="A", help="partition.alpha; for compare A,B,… too"),
-        click.option(
-            "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting; repeatable."
-        ),
-        click.option(
-            "--store", type=click.Path(path_type=Path), help="Folder of artefacts; default data/store."
-        ),
+        set_option,
+        store_option,
         jobs_option,
         backend_option,
         cluster_option,

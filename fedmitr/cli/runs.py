@@ -8,8 +8,17 @@ import click
 
 from ..core.errors import BadInput
 from ..methods import METHODS, find
-from ..settings import PROFILES, Settings
-from .options import HINT, jobs_option, main, read_overrides, read_settings, settings_options
+from ..settings import Settings
+from .options import (
+    HINT,
+    jobs_option,
+    main,
+    profile_option,
+    read_overrides,
+    read_settings,
+    settings_options,
+    store_option,
+)
 
 
 @main.command(epilog=HINT)
@@ -127,10 +136,10 @@ def sweep(
 
 
 @main.command()
-@click.option("--profile", default="laptop", show_default=True, metavar="P", help=", ".join(PROFILES))
+@profile_option
 @click.option("--only", help="Numbers of the notebooks to run, such as 03,04.")
 @click.option("--seed", type=click.IntRange(0), metavar="S", help="Default: each notebook's own, 0.")
-@click.option("--store", type=click.Path(path_type=Path), help="Folder of artefacts; default data/store.")
+@store_option
 @jobs_option
 def reproduce(profile, only, seed, store) -> None:
     """Run the notebooks, into reproduced/PROFILE, and compare their numbers with the stored ones."""

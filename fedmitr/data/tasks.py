@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -85,24 +86,34 @@ def load_task(
     if settings.name in IMAGE_SETS:
         return _photo_task(settings, seed, image_size, stats, cache)
     digits = load_digits()
-    labels = torch.tensor(digits.target)
-    clutter = 0.0 if settings.name == "digits-plain" else settings.clutter
-    mean, std = stats
-
-    def draw(*stream: int) -> Split:
-        scenes, foreground = digit_scenes(
-            digits.images, image_size, settings, clutter, make_rng(seed, "scenes", *stream)
-        )
-        return Split(((scenes - mean) / std).contiguous(), labels, foreground)
-
     parts = stratified_split(digits.target, settings.validation, settings.test, seed)
-    train, *held = _splits(draw(), parts, settings, seed)
-    more = [draw(index) for index in range(1, settings.scenes)]
+    scenes = [_scenes(settings, image_size, seed, index, stats) for index in range(settings.scenes)]
+    train, *held = _splits(scenes[0], parts, settings, seed)
     held = [
-        Split.concat([split, *(scene.subset(torch.from_numpy(part)) for scene in more)])
+        Split.concat([split, *(scene.subset(torch.from_numpy(part)) for scene in scenes[1:])])
         for split, part in zip(held, parts[1:], strict=True)
     ]
     return Task(settings.name, tuple(map(str, digits.target_names)), train, *held, stats)
+
+
+def _scenes(
+    settings: TaskSettings, image_size: int, seed: int, index: int, stats: tuple[Tensor, Tensor]
+) -> Split:
+    """Place every digit in its scene of this index, normalised with stats."""
+    mean, std = stats
+    images, labels, foreground = _drawn(settings.model_copy(update={"scenes": 1}), image_size, seed, index)
+    return Split(((images - mean) / std).contiguous(), labels, foreground)
+
+
+@lru_cache(maxsize=8)  # two seeds of a study: many runs have the same scenes one after the other
+def _drawn(settings: TaskSettings, image_size: int, seed: int, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw scenes (n, 1, size, size) in [0, 1], labels (n,) and foreground of all digits, once each."""
+    digits, stream = load_digits(), [index] if index else []
+    clutter = 0.0 if settings.name == "digits-plain" else settings.clutter
+    scenes, foreground = digit_scenes(
+        digits.images, image_size, settings, clutter, make_rng(seed, "scenes", *stream)
+    )
+    return scenes, torch.tensor(digits.target), foreground
 
 
 def _photo_task(

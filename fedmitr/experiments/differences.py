@@ -123,4 +123,9 @@ def account_table(runs: pd.DataFrame, seconds: pd.DataFrame) -> pd.DataFrame:
 def interval(score: pd.Series) -> str:
     """Return a row of `summarise` as difference [low, high]; empty without an interval, and for FedMITR+."""
     gap, half = score[GAP], score[HALF]
-    return "" if pd.isna(half) or gap == half == 0 else f"{gap:+.3f} [{gap - half:+.3f}, {gap + half:+.3f}]"
+    return "" if pd.isna(half) or gap == half == 0 else span_text(gap, gap - half, gap + half)
+
+
+def span_text(difference: float, low: float, high: float) -> str:
+    """Return a difference and its interval as text; empty where there is none."""
+    return "" if pd.isna(difference) else f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"

@@ -94,9 +94,8 @@ def sweep(
 ) -> pd.DataFrame:
     """Run a method in every cell and return one row per cell and seed, written to the CSV `out` too.
 
-    Settings that a cell leaves alone are the method's, tuned where the profile has them.
-
-    Finished runs come from the store.
+    Settings that a cell leaves alone are those tuned for the method, where there are any. Finished runs come
+    from the store.
     """
     if out:
         check_output(out, f"out={str(out)!r}")

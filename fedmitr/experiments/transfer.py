@@ -46,8 +46,8 @@ METHODS = (
     "central",
 )
 COLUMNS = ("steps", "seed", "method", "accuracy")
-# The models that ship in this shape, by their number of steps.
 EARLY = "vit_micro_early"
+# The models that ship in this shape, by their number of steps.
 SHIPPED = {STEPS[name]: name for name, shape in MICROS.items() if shape == VIT_MICRO}
 
 

@@ -4,6 +4,8 @@ All take the same dotted names, `block.setting`; schema.py has what they mean.
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -151,7 +153,12 @@ def tuned_values(profile: str, start: str, method: str) -> dict[str, Any]:
 
 def read_tuned(path: Path) -> dict[str, Any]:
     """Read a file of tuned values, as `TUNED` is one; empty where there is none."""
-    return (yaml.safe_load(path.read_text()) if path.exists() else None) or {}
+    return deepcopy(_parsed(path, path.stat().st_mtime_ns)) if path.exists() else {}
+
+
+@lru_cache(maxsize=2)  # one command may load the settings of hundreds of runs
+def _parsed(path: Path, changed: int) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text()) or {}
 
 
 def _assign(tree: dict[str, Any], name: str, value: Any) -> None:

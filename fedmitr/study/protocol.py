@@ -179,10 +179,11 @@ def planned(protocol: Protocol) -> pd.DataFrame:
             ]
         else:
             cells = [(method, method, {}) for method in protocol.methods_of(part)]
+        shared = protocol.settings | part.settings
+        under = [Settings.load(protocol.profile, shared | changes, method) for _, method, changes in cells]
         for seed in parse_seeds(part.seeds):
-            for cell, method, changes in cells:
-                overrides = {**protocol.settings, **part.settings, **changes, "seed": seed}
-                rows.append((name, cell, method, seed, Settings.load(protocol.profile, overrides, method)))
+            for (cell, method, _), settings in zip(cells, under, strict=True):
+                rows.append((name, cell, method, seed, settings.model_copy(update={"seed": seed})))
     return pd.DataFrame(rows, columns=["part", "cell", "method", "seed", "run under"])
 
 
@@ -194,7 +195,10 @@ def settings_now(protocol: Protocol) -> tuple[Overrides, dict[str, dict[str, Ove
         flat |= (
             {f"{block}.{k}": v for k, v in values.items()} if isinstance(values, dict) else {block: values}
         )
-    starts = sorted({settings.model.name for settings in planned(protocol)["run under"]})
+    parts = [*protocol.grounds.values(), *protocol.panels.values()]
+    chosen = [part.settings for part in parts]
+    chosen += [cell for panel in protocol.panels.values() for cell in panel.cells.values()]
+    starts = sorted({overrides.get("model.name", flat["model.name"]) for overrides in chosen})
     found = {s: {m: tuned_values(protocol.profile, s, m) for m in METHODS} for s in starts}
     return flat, {s: {m: v for m, v in values.items() if v} for s, values in found.items()}
 
@@ -241,7 +245,7 @@ def freeze_settings(path: Path, tuned_on: Sequence[int] = ()) -> None:
     runs = planned(protocol)
     if seen := sorted(set(runs["seed"]) & set(tuned_on)):
         raise BadInput(f"seed={seen[0]} is one that settings were chosen on: allowed are others")
-    for (part, _), some in runs.groupby(["part", "seed"], sort=False):
+    for part, some in runs.drop_duplicates(["part", "cell"]).groupby("part", sort=False):
         first: dict[tuple[str, Settings], str] = {}
         for cell, method, settings in zip(some["cell"], some["method"], some["run under"], strict=True):
             same = first.setdefault((method, find(method).adapted(settings)), cell)

@@ -24,9 +24,9 @@ READ = {"dtype": TEXT, "keep_default_na": False, "na_values": {name: [""] for na
 def study(protocol: Protocol, store: Path | str | None = None, out: Path | None = None) -> pd.DataFrame:
     """Run the protocol and return one row a run, written to the CSV `out` too, and its times beside it.
 
-    Columns: `COLUMNS`, where settings is a hash of the run's, and `SECONDS`. Rows that `out` has are taken
-    over, whichever machine made them. Raises BadInput, before any work, where settings are not the protocol's
-    and where `out` has rows of another one.
+    Columns: `COLUMNS`, where settings is a hash of the run's, and `SECONDS`; numbers as they are read from
+    `out`. Rows that `out` has are taken over, whichever machine made them. Raises BadInput, before any work,
+    where settings are not the protocol's and where `out` has rows of another one.
     """
     check_unchanged(protocol)
     if out:
@@ -45,10 +45,15 @@ def study(protocol: Protocol, store: Path | str | None = None, out: Path | None 
     def save(found: pd.DataFrame) -> None:
         write_study(whole(found), out)
 
-    runs = run_all(
-        list(zip(todo["method"], todo["run under"], strict=True)), kept.root, save if out else None
-    )
-    return whole(runs) if len(runs) else there[[*COLUMNS, *SECONDS]].sort_index()
+    pairs = list(zip(todo["method"], todo["run under"], strict=True))
+    runs = run_all(pairs, kept.root, save if out else None)
+    return read_study(out, plan) if out else whole(runs)
+
+
+def finished(protocol: Protocol, out: Path) -> pd.DataFrame:
+    """Return the rows of a study that are there, as `study` does; BadInput where they are of another one."""
+    check_unchanged(protocol)
+    return read_study(out, with_digests(planned(protocol)))
 
 
 def rerun(
@@ -112,8 +117,8 @@ def read_study(path: Path, plan: pd.DataFrame | None = None) -> pd.DataFrame:
     if plan is None:
         return table
     place = plan.reset_index(names="place")[["place", *KEYS, "settings"]]
-    found = place.merge(table, on=[*KEYS, "settings"]).set_index("place").rename_axis(None)
+    found = place.merge(table, on=[*KEYS, "settings"]).set_index("place").rename_axis(None).sort_index()
     if len(found) < len(table):
         others = len(table) - len(found)
         raise BadInput(f"study={str(path)!r} has {others} rows of another protocol: allowed is another --out")
-    return found
+    return found[[*COLUMNS, *SECONDS]]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from ..experiments.differences import LABEL, by_family
+from ..experiments.differences import LABEL, by_family, span_text
 from ..methods import Range, described, dotted, in_order
 from ..settings import Settings, tuned_values
 
@@ -20,16 +20,11 @@ def accuracy_columns(table: pd.DataFrame) -> pd.DataFrame:
     text = pd.DataFrame(index=table.index)
     text["accuracy"] = [f"{m:.3f} ± {s:.3f}" for m, s in table[["mean", "std"]].to_numpy()]
     spans = table[["difference", "low Holm", "high Holm"]].to_numpy()
-    text[GAP] = [span(*found) for found in spans]
+    text[GAP] = [span_text(*found) for found in spans]
     text["seeds above"] = [
         "" if pd.isna(wins) else f"{wins:.0f} of {n:.0f}" for wins, n in table[["wins", "seeds"]].to_numpy()
     ]
     return text
-
-
-def span(difference: float, low: float, high: float) -> str:
-    """Return a difference and its interval as text; empty where there is none."""
-    return "" if pd.isna(difference) else f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def cost_columns(table: pd.DataFrame) -> pd.DataFrame:
@@ -69,7 +64,7 @@ def panel_table(table: pd.DataFrame) -> pd.DataFrame:
 def verdict_table(card: pd.DataFrame) -> pd.DataFrame:
     """Return the verdicts as text, a row a claim and part, by claim and source."""
     text = card[["claim", "source", "where", "compared", "verdict"]].copy()
-    text[CARD[4]] = [span(*found) for found in card[["difference", "low", "high"]].to_numpy(dtype=float)]
+    text[CARD[4]] = [span_text(*found) for found in card[["difference", "low", "high"]].to_numpy(dtype=float)]
     counted = card[["wins", "seeds"]].to_numpy(dtype=float)
     text["wins"] = ["" if pd.isna(n) else f"{wins:.0f} of {n:.0f}" for wins, n in counted]
     return text[CARD]
@@ -108,9 +103,9 @@ def trials_table(trials: pd.DataFrame) -> pd.DataFrame:
     return table.rename(index=lambda name: described(name).label, level="method")
 
 
-def markdown(table: pd.DataFrame, index: Sequence[str] = ()) -> str:
+def markdown(table: pd.DataFrame) -> str:
     """Return a table of text in Markdown; what repeats in the first level of its index is left out."""
-    names = [*(index or table.index.names), *table.columns]
+    names = [*table.index.names, *table.columns]
     lines = ["| " + " | ".join(map(str, names)) + " |", "|---" * len(names) + "|"]
     last = None
     for keys, row in zip(table.index, table.to_numpy(), strict=True):

@@ -117,10 +117,11 @@ def check_search(plan: Plan, start: str, method: Method) -> None:
 
 
 def digest_of(plan: Plan, start: str, method: Method) -> str:
-    """Return a hash of what trials start from and may try, and of the code of a method of your own."""
+    """Return a hash of the plan, what trials start from and may try, and the code of a method of your own."""
     own = "" if method.is_shipped else code_text(method.run)
     base = plan.settings(start, plan.seeds[0]).model_dump()
-    return digest("tuning", method.name, base, {name: str(v) for name, v in method.search.items()}, own)
+    space = {name: str(values) for name, values in method.search.items()}
+    return digest("tuning", method.name, plan.trials, plan.seeds, base, space, own)
 
 
 def _not_of(there: pd.DataFrame, digests: Mapping[tuple[str, str], str], out: Path | None) -> pd.DataFrame:
@@ -136,6 +137,7 @@ def _not_of(there: pd.DataFrame, digests: Mapping[tuple[str, str], str], out: Pa
 
 
 def _keep(rows: dict[tuple[int, int], dict[str, Any]], index: int, row: dict[str, Any]) -> None:
+    """Keep the row of a finished trial of the search of this index."""
     rows[index, row["trial"]] = row
 
 

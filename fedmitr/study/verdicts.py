@@ -7,7 +7,6 @@ of the interval that holds for all comparisons of the claim together. Both proce
 of `Protocol.level` at most. A lead that is surely above zero holds, however small it is.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -52,7 +51,7 @@ def verdicts(protocol: Protocol, runs: pd.DataFrame) -> pd.DataFrame:
 
 def _row(protocol: Protocol, runs: pd.DataFrame, claim: Claim, part: str) -> dict[str, Any]:
     others, seeds = others_of(protocol, claim, part), parse_seeds(protocol.part(part).seeds)
-    label = _labels(protocol.part(part))
+    label = partial(_label, protocol.part(part))
     told = label(others[0]) if len(others) == 1 else f"each of {len(others)}"
     row = {"claim": claim.claim, "source": claim.source, "where": part}
     row["compared"] = f"{label(claim.better)} − {told}"
@@ -82,9 +81,9 @@ def judged(
     return table, [HOLDS if h else FAILS if f else OPEN for h, f in zip(holds, fails, strict=True)]
 
 
-def _labels(part: Ground | Panel):
-    """Return the function from a cell to its name in tables."""
-    return (lambda name: name) if isinstance(part, Panel) else (lambda name: described(name).label)
+def _label(part: Ground | Panel, name: str) -> str:
+    """Return the name of a method, or of a cell, as tables have it."""
+    return name if isinstance(part, Panel) else described(name).label
 
 
 def summary(protocol: Protocol, runs: pd.DataFrame) -> list[str]:
@@ -136,5 +135,5 @@ def report(protocol: Protocol, runs: pd.DataFrame) -> dict[str, Any]:
 
 
 def write_report(protocol: Protocol, runs: pd.DataFrame, path: Path) -> None:
-    """Write `report` as JSON; times are rounded by the tables that they come from."""
-    write_json(path, json.loads(json.dumps(report(protocol, runs))))
+    """Write `report` as JSON."""
+    write_json(path, report(protocol, runs))

@@ -16,17 +16,9 @@ from fedmitr.upload import ModelShape
 from fedmitr.vision.vit import create_vit
 
 UNCOUNTED = {"ensemble.mode": "mean_probs", "inversion.teacher": "ensemble"}  # neither needs histograms
-UNTUNED = {
-    "fedavg",
-    "calibrated_ensemble",
-    "ensemble_statistics",
-    "local",
-    "textures",
-    "real_images",
-    "central",
-}
-COUNT = {"fedftg"}  # methods that need them anyhow: FedFTG, and those with FedMITR+'s teacher or images
-COUNT |= {"fedmitr_plus", "calibrated_ensemble", "ensemble_statistics", "textures", "real_images"}
+LIKE_PLUS = {"calibrated_ensemble", "ensemble_statistics", "textures", "real_images"}  # its teacher or images
+UNTUNED = {"fedavg", "local", "central"} | LIKE_PLUS
+COUNT = {"fedftg", "fedmitr_plus"} | LIKE_PLUS  # methods that need histograms anyhow
 
 
 @pytest.fixture(scope="module")

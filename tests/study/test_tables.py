@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fedmitr.experiments.differences import span_text
 from fedmitr.methods import METHODS
 from fedmitr.study.analysis import part_table
 from fedmitr.study.tables import (
@@ -15,7 +16,6 @@ from fedmitr.study.tables import (
     markdown,
     panel_table,
     search_table,
-    span,
     trials_table,
     verdict_table,
 )
@@ -91,7 +91,8 @@ def test_verdicts_with_intervals_and_none_for_what_was_not_run(protocol, made_up
 
 
 def test_no_difference_is_no_text():
-    assert span(float("nan"), 0, 0) == "" and span(-0.0123, -0.02, 0.001) == "-0.012 [-0.020, +0.001]"
+    assert span_text(float("nan"), 0, 0) == ""
+    assert span_text(-0.0123, -0.02, 0.001) == "-0.012 [-0.020, +0.001]"
 
 
 TRIALS = pd.DataFrame(

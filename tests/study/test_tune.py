@@ -110,10 +110,10 @@ def test_a_search_over_what_is_not_allowed_is_refused_before_any_work(tmp_path, 
     one_line(error.value, "distill.lr")
 
 
-def played(method, accuracy_of, plan=Plan(trials=12)):  # noqa: B008
+def played(method, accuracy_of, count=12):
     """All trials of a search whose accuracy is a function of values and seed."""
     rows = []
-    trials = search(plan, "vit_micro", method, {}, rows.append)
+    trials = search(Plan(trials=count), "vit_micro", method, {}, rows.append)
     sent = None
     try:
         while True:
@@ -141,7 +141,7 @@ def test_a_trial_stops_where_it_is_not_in_the_better_half_of_those_that_came_as_
 
 
 def test_trials_move_to_where_accuracy_is_high():
-    table = played(RIDGE, lambda values, seed: -abs(values["statistics.ridge"] - 30), Plan(trials=40))
+    table = played(RIDGE, lambda values, seed: -abs(values["statistics.ridge"] - 30), count=40)
     penalty = [json.loads(values)["statistics.ridge"] for values in table["values"]]
     late, early = ([abs(p - 30) for p in part] for part in (penalty[25:], penalty[:10]))
     assert sorted(late)[len(late) // 2] < sorted(early)[len(early) // 2]

@@ -210,7 +210,7 @@ def die(item):
 
 def test_a_worker_that_is_killed_is_one_line_and_status_1(monkeypatch, capsys):
     monkeypatch.setenv("FEDMITR_JOBS", "2")
-    monkeypatch.setattr("fedmitr.experiments.compare.compare", lambda *_: list(parallel(die, [1, 2])))
+    monkeypatch.setattr("fedmitr.experiments.compare.run_all", lambda *_: list(parallel(die, [1, 2])))
     with pytest.raises(SystemExit) as stop:
         cli.main(["compare", "--profile", "smoke", "--methods", "fedavg", "--seeds", "0"])
     assert stop.value.code == 1

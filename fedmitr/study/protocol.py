@@ -73,8 +73,9 @@ class Protocol(BaseModel):
     """The protocol of a study.
 
     level: of the test, two-sided. size: a lead in accuracy that is worth a claim. `freeze_settings` adds the
-    rest: defaults, every setting of the profile, dotted; tuned, start -> method -> settings; rules, a hash of
-    all else, so that nothing is changed once runs are there.
+    rest: methods, all that there are; defaults, every setting of the profile, dotted; tuned, start -> method
+    -> settings; rules, a hash of all else, so that nothing is changed once runs are there. Methods and
+    settings that come later are no part of the protocol.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -85,6 +86,7 @@ class Protocol(BaseModel):
     grounds: dict[str, Ground]
     panels: dict[str, Panel]
     claims: tuple[Claim, ...]
+    methods: tuple[str, ...] = ()
     defaults: Overrides = {}
     tuned: dict[str, dict[str, Overrides]] = {}
     rules: str = ""
@@ -98,7 +100,12 @@ class Protocol(BaseModel):
 
     def methods_of(self, ground: Ground) -> list[str]:
         """List the methods of a ground in the order of tables."""
-        return in_order(ground.methods or [name for name, method in METHODS.items() if method.is_shipped])
+        return in_order(ground.methods or self.methods or shipped_methods())
+
+
+def shipped_methods() -> list[str]:
+    """List the methods that come with the package."""
+    return [name for name, method in METHODS.items() if method.is_shipped]
 
 
 def read_protocol(path: Path | None = None) -> Protocol:
@@ -187,19 +194,25 @@ def planned(protocol: Protocol) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["part", "cell", "method", "seed", "run under"])
 
 
-def settings_now(protocol: Protocol) -> tuple[Overrides, dict[str, dict[str, Overrides]]]:
-    """Return what `defaults` and `tuned` of the protocol would be if it was frozen now."""
-    tree = Settings.load(protocol.profile, protocol.settings).model_dump(mode="json")
+def flatten(settings: Settings) -> Overrides:
+    """Return every setting by its dotted name."""
     flat: Overrides = {}
-    for block, values in tree.items():
+    for block, values in settings.model_dump(mode="json").items():
         flat |= (
             {f"{block}.{k}": v for k, v in values.items()} if isinstance(values, dict) else {block: values}
         )
+    return flat
+
+
+def settings_now(protocol: Protocol) -> tuple[Overrides, dict[str, dict[str, Overrides]]]:
+    """Return what `defaults` and `tuned` of the protocol would be if it was frozen now."""
+    flat = flatten(Settings.load(protocol.profile, protocol.settings))
     parts = [*protocol.grounds.values(), *protocol.panels.values()]
     chosen = [part.settings for part in parts]
     chosen += [cell for panel in protocol.panels.values() for cell in panel.cells.values()]
     starts = sorted({overrides.get("model.name", flat["model.name"]) for overrides in chosen})
-    found = {s: {m: tuned_values(protocol.profile, s, m) for m in METHODS} for s in starts}
+    methods = protocol.methods or shipped_methods()
+    found = {s: {m: tuned_values(protocol.profile, s, m) for m in methods} for s in starts}
     return flat, {s: {m: v for m, v in values.items() if v} for s, values in found.items()}
 
 
@@ -211,7 +224,7 @@ def rules_of(protocol: Protocol) -> str:
 def check_unchanged(protocol: Protocol) -> None:
     """Raise BadInput, naming the first setting, where the protocol is not, or no more, as it was frozen.
 
-    Settings that did not exist then are passed over.
+    Settings and methods that did not exist then are passed over.
     """
     if not protocol.rules:
         raise BadInput("protocol has no settings yet: `fedmitr study --freeze` writes them, before any run")
@@ -255,5 +268,7 @@ def freeze_settings(path: Path, tuned_on: Sequence[int] = ()) -> None:
     text = (
         path.read_text().rstrip() + "\n\n# Written by `fedmitr study --freeze`: every setting of all runs.\n"
     )
-    added = {"rules": rules_of(protocol), "defaults": flat, "tuned": tuned}
+    methods = shipped_methods()
+    rules = rules_of(protocol.model_copy(update={"methods": tuple(methods)}))
+    added = {"rules": rules, "methods": methods, "defaults": flat, "tuned": tuned}
     write_text(text + yaml.safe_dump(added, sort_keys=False, allow_unicode=True), path)

@@ -13,7 +13,7 @@ from ..core.errors import BadInput
 from ..core.paths import default_store
 from ..core.store import Store, check_output, digest, write_csv
 from ..experiments.compare import ACCOUNT, SECONDS, run_all, seconds_file
-from .protocol import Protocol, check_unchanged, planned
+from .protocol import Protocol, check_unchanged, flatten, planned
 
 KEYS = ("part", "cell", "method", "seed")
 COLUMNS = (*KEYS, "accuracy", *ACCOUNT, "settings")
@@ -32,7 +32,7 @@ def study(protocol: Protocol, store: Path | str | None = None, out: Path | None 
     if out:
         check_output(out, f"out={str(out)!r}")
     kept = Store(store or default_store())
-    plan = with_digests(planned(protocol))
+    plan = with_digests(protocol)
     there = read_study(out, plan) if out and out.exists() else pd.DataFrame(columns=[*COLUMNS, *SECONDS])
     todo = plan.drop(there.index)
 
@@ -53,7 +53,7 @@ def study(protocol: Protocol, store: Path | str | None = None, out: Path | None 
 def finished(protocol: Protocol, out: Path) -> pd.DataFrame:
     """Return the rows of a study that are there, as `study` does; BadInput where they are of another one."""
     check_unchanged(protocol)
-    return read_study(out, with_digests(planned(protocol)))
+    return read_study(out, with_digests(protocol))
 
 
 def rerun(
@@ -85,9 +85,16 @@ def rerun(
     return table.rename(columns={"accuracy": "stored"})[[*KEYS, "stored", "now"]]
 
 
-def with_digests(plan: pd.DataFrame) -> pd.DataFrame:
-    """Add a hash of each run's settings, the same on every machine."""
-    digests = [digest("study", run.method, run[-1].model_dump()) for run in plan.itertuples(index=False)]
+def with_digests(protocol: Protocol) -> pd.DataFrame:
+    """Return every run of a protocol, as `planned`, with a hash of its settings, the same on every machine.
+
+    Settings that did not exist when the protocol was frozen are left out of it: rows stay known.
+    """
+    plan = planned(protocol)
+    digests = []
+    for run in plan.itertuples(index=False):
+        chosen = {name: v for name, v in flatten(run[-1]).items() if name in protocol.defaults}
+        digests.append(digest("study", run.method, chosen))
     return plan.assign(settings=digests)
 
 

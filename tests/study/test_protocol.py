@@ -107,6 +107,24 @@ def test_a_setting_that_is_new_since_then_is_passed_over(protocol):
     check_unchanged(protocol.model_copy(update={"defaults": older}))
 
 
+def test_methods_that_came_later_are_no_part_of_the_protocol(file, monkeypatch):
+    tree = yaml.safe_load(file.read_text())
+    del tree["grounds"]["later"]["methods"]  # all that there are
+    file.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    then = [name for name in module.shipped_methods() if name != "dense"]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "shipped_methods", lambda: then)
+        freeze_settings(file)
+    protocol = read_protocol(file)
+    assert set(planned(protocol).query("part == 'later'")["method"]) == set(then)
+    tuned = {("vit_micro", "dense"): {"dense.rounds": 3}}
+    monkeypatch.setattr(module, "tuned_values", lambda _, *where: tuned.get(where, {}))
+    check_unchanged(protocol)
+    tuned["vit_micro", "ridge"] = {"statistics.ridge": 3.0}
+    with pytest.raises(BadInput, match="'ridge'"):
+        check_unchanged(protocol)
+
+
 def test_a_protocol_without_settings_does_not_run_and_one_with_them_is_not_written_again(file, one_line):
     with pytest.raises(BadInput, match="--freeze"):
         check_unchanged(read_protocol(file))

@@ -3,10 +3,14 @@
 import pandas as pd
 import pytest
 import torch
+from helpers import registrations_taken_back
 
 import fedmitr as fm
 from fedmitr.core.errors import BadInput
 from fedmitr.experiments import compare
+from fedmitr.methods import METHODS, Method, register
+from fedmitr.settings import Settings, SettingsBlock
+from fedmitr.settings.schema import setting
 from fedmitr.study.protocol import planned, rules_of
 from fedmitr.study.run import COLUMNS, read_study, rerun, study, write_study
 
@@ -81,6 +85,19 @@ def test_rows_are_known_on_a_machine_with_other_threads(runs, few, folder, tmp_p
     finally:
         torch.set_num_threads(threads)
     assert len(again) == len(runs)
+
+
+def test_rows_are_known_beside_settings_that_came_later(runs, few, folder, forbid):
+    class Later(SettingsBlock):
+        """A block of a method that did not exist then."""
+
+        strength: float = setting(1.0, "how strong it is")
+
+    forbid(compare, "_run_in_worker")
+    with registrations_taken_back():
+        register(Method("later", METHODS["fedavg"].run, settings=Later))
+        assert Settings.load("smoke").later.strength == 1
+        assert len(study(few, folder / "store", folder / "study.csv")) == len(runs)
 
 
 def test_cells_that_look_like_numbers_are_read_as_text(runs, folder, tmp_path):

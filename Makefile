@@ -49,9 +49,10 @@ $(STAMP): requirements.txt pyproject.toml
 reproduce: setup
 	$(BIN)/fedmitr reproduce --profile $(PROFILE)
 
+# Bars appear after a second, so on a slow machine alone: notebooks are compared without them.
 test: lint
 	$(BIN)/python -m pytest $(SPREAD) tests/test_wheel.py tests  # the longest file first
-	FEDMITR_PROFILE=smoke FEDMITR_JOBS=1 $(BIN)/python -m pytest $(SPREAD) --nbval --nbval-current-env --nbval-cell-timeout=600 \
+	FEDMITR_PROFILE=smoke FEDMITR_JOBS=1 TQDM_DISABLE=1 $(BIN)/python -m pytest $(SPREAD) --nbval --nbval-current-env --nbval-cell-timeout=600 \
 	  --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks/*.ipynb
 	@$(MAKE) --no-print-directory test-flower
 

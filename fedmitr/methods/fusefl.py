@@ -107,7 +107,7 @@ METHOD = Method(
     settings=FuseflSettings,
     search={
         "ensemble.mode": ("mean_probs", "mean_logits", "size", "class"),
-        "fusefl.stages": (1, 2, 4),
+        "fusefl.stages": (2, 4),  # in one stage nothing is fused: that is the ensemble
         "fusefl.adaptor": ("average", "linear"),
     },
     given="stages",

@@ -91,16 +91,31 @@ class Protocol(BaseModel):
     tuned: dict[str, dict[str, Overrides]] = {}
     rules: str = ""
 
+    @property
+    def parts(self) -> dict[str, Ground | Panel]:
+        """Grounds and panels by name."""
+        return {**self.grounds, **self.panels}
+
     def part(self, name: str) -> Ground | Panel:
         """Return a ground or a panel by its name; BadInput for another name."""
-        parts = {**self.grounds, **self.panels}
-        if name not in parts:
-            raise BadInput(f"part={name!r} is not in the protocol: allowed are {', '.join(parts)}")
-        return parts[name]
+        if name not in self.parts:
+            raise BadInput(f"part={name!r} is not in the protocol: allowed are {', '.join(self.parts)}")
+        return self.parts[name]
+
+    @property
+    def primary(self) -> list[str]:
+        """Names of the primary grounds, in order."""
+        return [name for name, ground in self.grounds.items() if ground.role == "primary"]
 
     def methods_of(self, ground: Ground) -> list[str]:
         """List the methods of a ground in the order of tables."""
         return in_order(ground.methods or self.methods or shipped_methods())
+
+    def runs_of(self, name: str) -> int:
+        """Count the runs of a ground or a panel."""
+        part = self.part(name)
+        cells = part.cells if isinstance(part, Panel) else self.methods_of(part)
+        return len(cells) * len(parse_seeds(part.seeds))
 
 
 def shipped_methods() -> list[str]:
@@ -175,9 +190,8 @@ def planned(protocol: Protocol) -> pd.DataFrame:
     Primary grounds come first, then panels, then secondary grounds; in each, seed by seed. The cell of a
     ground is the method's name.
     """
-    first = {name: ground for name, ground in protocol.grounds.items() if ground.role == "primary"}
     rows = []
-    for name in dict.fromkeys(chain(first, protocol.panels, protocol.grounds)):
+    for name in dict.fromkeys(chain(protocol.primary, protocol.panels, protocol.grounds)):
         part = protocol.part(name)
         if isinstance(part, Panel):
             cells = [
@@ -207,8 +221,7 @@ def flatten(settings: Settings) -> Overrides:
 def settings_now(protocol: Protocol) -> tuple[Overrides, dict[str, dict[str, Overrides]]]:
     """Return what `defaults` and `tuned` of the protocol would be if it was frozen now."""
     flat = flatten(Settings.load(protocol.profile, protocol.settings))
-    parts = [*protocol.grounds.values(), *protocol.panels.values()]
-    chosen = [part.settings for part in parts]
+    chosen = [part.settings for part in protocol.parts.values()]
     chosen += [cell for panel in protocol.panels.values() for cell in panel.cells.values()]
     starts = sorted({overrides.get("model.name", flat["model.name"]) for overrides in chosen})
     methods = protocol.methods or shipped_methods()

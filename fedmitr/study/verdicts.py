@@ -18,7 +18,7 @@ from ..core.store import write_json
 from ..experiments.compare import parse_seeds
 from ..experiments.differences import REFERENCE
 from ..methods import described
-from .analysis import as_dict, differences, part_table, wide
+from .analysis import as_dict, differences, finished_parts, part_table, wide
 from .protocol import Claim, Ground, Panel, Protocol, others_of, rivals
 
 HOLDS, FAILS, OPEN, UNTESTED = "holds", "fails", "not decided", "not tested"
@@ -87,9 +87,9 @@ def _label(part: Ground | Panel, name: str) -> str:
 
 
 def summary(protocol: Protocol, runs: pd.DataFrame) -> list[str]:
-    """Write what the study says in five lines, on its primary grounds as far as they have run."""
-    names = [name for name, ground in protocol.grounds.items() if ground.role == "primary"]
-    tables = {name: part_table(protocol, runs, name) for name in names if (runs["part"] == name).any()}
+    """Write what the study says in five lines, on those of its primary grounds that are finished."""
+    done = [n for n in finished_parts(protocol, runs) if n in protocol.primary]
+    tables = {name: part_table(protocol, runs, name) for name in done}
     return [
         _each(tables, "Highest mean of one model from one exchange", _best),
         _each(tables, "Other methods and FedMITR+", _counts),
@@ -100,7 +100,8 @@ def summary(protocol: Protocol, runs: pd.DataFrame) -> list[str]:
 
 
 def _each(tables: Mapping[str, pd.DataFrame], title: str, say: Callable[[pd.DataFrame], str]) -> str:
-    return f"{title}: " + "; ".join(f"{name}: {say(table)}" for name, table in tables.items()) + "."
+    told = "; ".join(f"{name}: {say(table)}" for name, table in tables.items())
+    return f"{title}: {told or 'no primary ground is finished'}."
 
 
 def _best(table: pd.DataFrame) -> str:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from fedmitr.study.analysis import DIFFERENCE, differences, holm_levels
+from fedmitr.study.analysis import DIFFERENCE, differences, finished_parts, holm_levels, part_table
+from fedmitr.study.protocol import planned
 
 
 def scores(seed=0, seeds=12, columns="abcdef"):
@@ -78,6 +79,25 @@ def test_another_lead_is_tested_as_scipy_does():
     for one, other in PAIRS:
         gap = table[one] - table[other]
         assert found.loc[(one, other), "p"] == pytest.approx(stats.ttest_1samp(gap, 0.01).pvalue)
+
+
+def test_a_part_is_finished_where_every_planned_run_is_there(protocol, made_up):
+    plan = planned(protocol)
+    runs = plan[["part", "cell", "seed"]]
+    assert finished_parts(protocol, runs) == ["later", "early", "heads"]
+    for part, some in runs.groupby("part"):
+        assert protocol.runs_of(part) == len(some)
+        lacking = runs.drop(some.index[-1])
+        assert finished_parts(protocol, lacking) == [p for p in ("later", "early", "heads") if p != part]
+    assert finished_parts(protocol, runs[:0]) == []
+
+
+def test_a_tables_seconds_are_the_least_over_seeds_and_its_bytes_the_mean(protocol, made_up):
+    runs = made_up("early", {"ridge": [0.5, 0.6], "fedmitr_plus": [0.6, 0.7]})
+    runs["server_seconds"], runs["upload_bytes"] = [3.0, 1.0, 7.0, 9.0], [10, 20, 30, 50]
+    table = part_table(protocol, runs, "early")
+    assert table["server_seconds"].to_dict() == {"ridge": 1.0, "fedmitr_plus": 7.0}
+    assert table["upload_bytes"].to_dict() == {"ridge": 15.0, "fedmitr_plus": 40.0}
 
 
 def test_the_common_upper_end_is_bonferronis():

@@ -4,7 +4,8 @@
 # make test-flower the Flower app's tests, in .venv-flower; part of make test
 # make flower      results/flower.csv: a run over Flower's real processes, and one with a client killed
 # make publish     for maintainers: figures/, results/headline.csv and the notebooks' stored outputs, five seeds
-# make results     the README's tables: every method on five seeds at two skews; about an hour
+# make tuning      results/tuning.csv, tuned.yaml: 20 trials a method and start; about 9 hours on 2 cores
+# make study       results/study.{csv,json}, the README's results: 2,620 runs; about 12 hours on 2 cores
 # make ablations   notebook 06's tables: every cell of results/ablations.yaml and fidelity.yaml, on three seeds
 # make transfer    notebook 06's figure: starts that were pretrained for fewer and fewer steps, on five seeds
 # make why         the table and figures of docs/why-it-works.md, on five seeds
@@ -27,13 +28,13 @@ SPREAD := -n auto --maxprocesses 4 --dist loadfile
 SITE := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-flower flower results publish ablations transfer why scale lint format weights clean
+.PHONY: help setup reproduce test test-flower flower tuning study publish ablations transfer why scale lint format weights clean
 
 # A figure backend set for another program must not reach the notebooks.
 unexport MPLBACKEND
 
 help:
-	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | flower | publish | results | ablations | transfer | why | scale | lint | format | weights | clean"
+	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | flower | publish | tuning | study | ablations | transfer | why | scale | lint | format | weights | clean"
 
 setup: $(STAMP)
 
@@ -86,10 +87,12 @@ format: setup
 publish: setup
 	$(BIN)/python tools/publish.py
 
-# The README's tables: every method, then their numbers.
-results: setup
-	$(BIN)/fedmitr compare --seeds 10-14 --out results/comparison.csv
-	$(BIN)/fedmitr compare --alpha 0.05,0.1 --seeds 10-14 --out results/skews.csv
+# Both go on from the tables that are there, and run nothing where these are complete.
+tuning: setup
+	$(BIN)/fedmitr tune
+
+study: setup
+	$(BIN)/fedmitr study
 	$(BIN)/python tools/readme.py
 
 ablations: setup

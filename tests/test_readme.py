@@ -6,15 +6,18 @@ import re
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from helpers import registrations_taken_back
 
 import fedmitr as fm
 from fedmitr.core.paths import home
 from fedmitr.evaluation.metrics import ERRORS
-from fedmitr.experiments.compare import seconds_file
 from fedmitr.experiments.sweep import summarise_cells
 from fedmitr.methods import METHODS
+from fedmitr.study.analysis import finished_parts, part_table
+from fedmitr.study.protocol import read_protocol
+from fedmitr.study.run import finished, read_study
 
 README = home() / "README.md"
 
@@ -26,27 +29,14 @@ def tool():
     return module
 
 
-def test_the_table_is_that_of_the_shipped_results():
-    script, text = tool(), README.read_text()
-    runs, skews = pd.read_csv(script.RESULTS), pd.read_csv(script.SKEWS)
-    assert script.caption(runs, skews) in text
-    assert script.accuracy_table(runs, pd.read_csv(seconds_file(script.RESULTS)), skews) in text
-    assert script.verdict(runs) in text
+def test_the_results_are_those_of_the_shipped_study():
+    script = tool()
+    assert script.results(read_protocol(), read_study(script.STUDY)) in README.read_text()
 
 
-def test_the_shipped_results_hold_every_method_on_five_seeds_or_more():
-    runs, skews = (pd.read_csv(home() / "results" / f"{name}.csv") for name in ("comparison", "skews"))
-    assert (runs.groupby("method")["seed"].nunique() >= 5).all()
-    assert (skews.groupby(["alpha", "method"])["seed"].nunique() >= 5).all()
-    assert set(runs["method"]) == set(skews["method"]) == set(METHODS)
-    assert {0.05, 0.1} == set(skews["alpha"])
-
-
-def test_at_the_default_skew_both_files_say_the_same():
-    runs, skews = (pd.read_csv(home() / "results" / f"{name}.csv") for name in ("comparison", "skews"))
-    both = runs.merge(skews, on=["method", "alpha", "seed"], suffixes=("", " there"))
-    assert len(both) == (skews["alpha"] == 0.1).sum()
-    assert (both["accuracy"] == both["accuracy there"]).all()
+def test_no_row_of_the_study_is_of_another_protocol_and_every_accuracy_is_one():
+    runs = finished(read_protocol(), tool().STUDY)  # refuses other rows
+    assert runs["accuracy"].between(0, 1).all() and not runs.duplicated(["part", "cell", "seed"]).any()
 
 
 def map_rows():
@@ -123,11 +113,12 @@ def test_the_example_of_a_method_of_your_own_runs(tmp_path, monkeypatch):
         assert np.array_equal(value.cpu().numpy(), np.median(every, axis=0))  # five clients: no tie
 
 
-def sent(method):
-    """MB that each client sends."""
-    runs = pd.read_csv(tool().RESULTS)
-    runs = runs[runs["method"] == method]
-    return (runs["upload_bytes"] / runs["clients"]).mean() / 1e6
+@pytest.fixture
+def grounds():
+    """Tables of the study's primary grounds that are finished."""
+    protocol, runs = read_protocol(), read_study(tool().STUDY)
+    done = [name for name in finished_parts(protocol, runs) if name in protocol.primary]
+    return [part_table(protocol, runs, name) for name in done]
 
 
 def test_the_page_on_why_it_works_has_the_numbers_of_its_table():
@@ -159,26 +150,26 @@ def test_the_page_on_why_it_works_has_the_numbers_of_its_table():
     assert round(100 * gain.mean(), 1) == 1.4
 
 
-def test_numbers_in_the_prose_are_those_of_the_stored_tables():
-    """The first screen's numbers, and what class weights alone are worth."""
-    text = " ".join(README.read_text().split())
-    runs, cells = (pd.read_csv(home() / "results" / f"{name}.csv") for name in ("transfer", "fidelity"))
-    at = runs[runs["steps"] == 400].groupby("method")["accuracy"].mean()
-    heads = f"ridge {at['ridge']:.2f}, ridge+ {at['ridge_plus']:.2f}"
-    four = f"{at['central']:.2f}, {heads} and FedMITR+ {at['fedmitr_plus']:.2f}"
-    assert f"central training has {four}" in text
-    assert f"`ensemble_statistics`, has {at['ensemble_statistics']:.2f}" in text
-    means = cells[cells["panel"] == "labels"].groupby("cell")["accuracy"].mean()
-    assert f"from {means['ours']:.2f} to {means['class weights']:.2f} on three seeds" in text
-    assert cells["seed"].nunique() == 3
-    table = pd.read_csv(tool().RESULTS).groupby("method")["accuracy"].mean()
-    made = table[[name for name in table.index if METHODS[name].distils]]
-    assert made.idxmin() == "fedmitr" and table["fedmitr"] < table["fedavg"]  # said of the paper's claim
-    assert table["ridge"] > made.drop("fedmitr_plus").max()
-    assert table["ridge_plus"] >= made["fedmitr_plus"]  # images add nothing to its start
-    sums, model = (sent(name) for name in ("ridge_plus", "fedavg"))
+def test_what_the_first_screen_says_holds_on_every_finished_ground(grounds):
+    for table in grounds:
+        made = table.loc[[name for name in table.index if METHODS[name].distils], "mean"]
+        assert table.loc["ridge", "mean"] > made.drop("fedmitr_plus").max()  # far below plain ridge
+        assert abs(table.loc["ridge_plus", "difference"]) < 0.005  # it ends where it started
+        assert table.loc["fedmitr", "mean"] < table.loc["ensemble", "mean"]
+
+
+def test_numbers_on_the_first_screen_are_those_of_the_early_ground(grounds):
+    text, early = " ".join(README.read_text().split()), grounds[0]
+    mean = early["mean"].map("{:.2f}".format)
+    heads = f"ridge {mean['ridge']}, ridge+ {mean['ridge_plus']} and FedMITR+ {mean['fedmitr_plus']}"
+    assert f"central training has {mean['central']}, {heads}" in text
+    assert f"FedMITR, the paper's method, has {mean['fedmitr']}, below the ensemble of all" in text
+    assert f"ensemble of all uploads with {mean['ensemble']}." in text
+    assert f"FedMITR+ gains {early.loc['real_images', 'difference']:.3f}" in text
+    both = early.loc["ensemble_statistics", "difference"]
+    assert f"`ensemble_statistics`, is {both:.3f} above it" in text
+    sums, model = (early.loc[name, "upload_bytes"] / 5e6 for name in ("ridge_plus", "fedavg"))  # 5 clients
     assert f"{sums:.1f} MB from each client, where a model has {model:.1f}" in text
-    assert set(made.index[made < table["fedavg"]]) == {"fedmitr", "fadi"}  # notebook 05, section 5.10
 
 
 def test_what_notebook_06_says_of_its_tables_holds_in_them():

@@ -65,11 +65,10 @@ def main(profile: str, into: Path | None, only: str | None) -> None:
     into = into or home()
     aside = home() / "reproduced" / "publish"
     shutil.rmtree(aside, ignore_errors=True)
-    chosen = only or ON_SEEDS
     others = []
-    for seed in OTHER_SEEDS:
+    for seed in OTHER_SEEDS if not only else ():  # their numbers are written with all notebooks alone
         with environment(FEDMITR_OUTPUT=str(aside / f"seed{seed}"), FEDMITR_STATIC="1"):
-            reproduce(profile, chosen, seed=seed)
+            reproduce(profile, ON_SEEDS, seed=seed)
         others.append(read_numbers(aside / f"seed{seed}" / "results" / NUMBERS))
     with environment(FEDMITR_OUTPUT=str(aside / "seed0"), FEDMITR_STATIC="1"):
         click.echo(reproduce(profile, only, store=default_store()))
@@ -80,11 +79,12 @@ def main(profile: str, into: Path | None, only: str | None) -> None:
         shutil.copyfile(figure, into / "figures" / figure.name)
     for book in sorted((shipped / "notebooks").glob("*.ipynb")):
         store_outputs(book, into / "notebooks" / book.name)
-    if not only:  # else pictures and numbers of the other notebooks would be lost
-        made = {figure.name for figure in (shipped / "figures").glob("*.png")}
-        for figure in (into / "figures").glob("*.png"):
-            if figure.name not in made:
-                figure.unlink()  # no notebook draws it any more
+    made = {figure.name for figure in (shipped / "figures").glob("*.png")}
+    ran = {book.name[:2] for book in (shipped / "notebooks").glob("*.ipynb")}
+    for figure in (into / "figures").glob("*.png"):
+        if figure.name not in made and (not only or figure.name[:2] in ran):
+            figure.unlink()  # its notebook draws it no more
+    if not only:
         table = summarise_numbers(read_numbers(shipped / "results" / NUMBERS), others)
         write_csv(table, into / HEADLINE, digits=4)
 

@@ -39,48 +39,11 @@ def summarise_skews(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat({alpha: summarise(some) for alpha, some in runs.groupby("alpha")}, names=["alpha"])
 
 
-def across_skews(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per method and seed, whose accuracy is the mean over alphas.
-
-    A seed that a method did not run at every alpha is left out for that method: the mean of the other alphas
-    would be another quantity.
-    """
-    keys = ["method", "seed"]
-    each = runs.dropna(subset="accuracy").groupby([*keys, "alpha"], sort=False, as_index=False)
-    each = each["accuracy"].mean()  # a run that stands twice counts once
-    complete = each.groupby(keys)["alpha"].transform("nunique") == runs["alpha"].nunique()
-    return each[complete].groupby(keys, sort=False, as_index=False)["accuracy"].mean()
-
-
-def skew_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return mean ± std and `interval` as text: a row for each method, as `by_family`; a column an alpha.
-
-    The last column is that of the mean over alphas. A cell is a dash where the method has no run, or no seed
-    that ran at every alpha, and states its number of seeds where that is below the column's.
-    """
-    parts = {f"α = {alpha:g}": some for alpha, some in runs.groupby("alpha")}
-    parts["mean over α"] = across_skews(runs)
-    order = in_order(runs["method"])
-    text = {
-        f"{name}, {some['seed'].nunique()} seeds": [_skew_cell(some, method) for method in order]
-        for name, some in parts.items()
-    }
-    return pd.DataFrame(text, by_family(order))
-
-
 def by_family(methods: Sequence[str]) -> pd.MultiIndex:
     """Return an index of families and labels; a star marks a method that does not leave one model."""
     records = [described(method) for method in methods]
     names = [(r.family, r.label + " *" * (not r.single_model)) for r in records]
     return pd.MultiIndex.from_tuples(names, names=["family", "method"])
-
-
-def _skew_cell(runs: pd.DataFrame, method: str) -> str:
-    if method not in set(runs["method"]):
-        return "–"
-    row, seeds = summarise(runs).loc[method], runs[runs["method"] == method]["seed"].nunique()
-    text = f"{row['mean']:.3f} ± {row['std']:.3f}, {interval(row)}".removesuffix(", ")
-    return text if seeds == runs["seed"].nunique() else f"{text} ({seeds} seeds)"
 
 
 def paired(one: pd.Series, other: pd.Series | float) -> tuple[float, float]:

@@ -74,7 +74,7 @@ def _verdict(row: pd.Series) -> str:
 
 
 STORED = (
-    "Tables over seeds in notebooks 05, 06 and 09 show stored results: `make results`, `make ablations`, "
+    "Tables over seeds in notebooks 05, 06 and 09 show stored results: `make study`, `make ablations`, "
     "`make transfer` and `make scale` run them again."
 )
 

@@ -5,7 +5,7 @@ from .accuracies import bars, confidence, panels, per_class
 from .clients import scenes, shard_grid, shards, skew
 from .images import attention, curves, emerging, foreground, frame, generated, one_of_each, places, schedule
 from .labels import overview, token_labels
-from .methods import comparison, costs, weights
+from .methods import comparison, weights
 from .scale import projection, scaling
 from .study import across_grounds, cell_differences, forest, tradeoffs
 from .style import save, show
@@ -19,7 +19,6 @@ __all__ = [
     "cell_differences",
     "comparison",
     "confidence",
-    "costs",
     "curves",
     "emerging",
     "errors",

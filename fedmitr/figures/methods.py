@@ -1,4 +1,4 @@
-"""Methods against each other: accuracy, what it costs, and the weights that ensembles give their clients.
+"""Methods against each other: accuracy, and the weights that ensembles give their clients.
 
 Labels and markers come from the methods' records, so a method that a user registers, or one that only a table
 knows, is drawn like any other.
@@ -24,7 +24,6 @@ _KEY = {
     "several models run at every prediction": {"marker": "D", "markerfacecolor": "white"},
     "reference": {"marker": "s", "markerfacecolor": BLACK},
 }
-_TICKS = (0, 1, 10, 100, 1000, 10_000, 100_000)  # of costs
 _ROW, _GAP = 0.25, 0.5  # height of a row in inches; between families, in rows
 
 
@@ -107,47 +106,11 @@ def comparison(table: pd.DataFrame) -> Figure:
     return figure
 
 
-@styled
-def costs(runs: pd.DataFrame, seconds: pd.DataFrame) -> Figure:
-    """Draw each method's mean accuracy ± std over seeds beside the server's seconds and all bytes.
-
-    runs, seconds: the two tables that `compare` writes. Costs are logarithmic from 1 on and linear below.
-    """
-    rows, scores = _rows(runs["method"]), runs.groupby("method")["accuracy"].agg(["mean", "std"])
-    total = runs.assign(cost=(runs["upload_bytes"] + runs["download_bytes"]) / 1e6)
-    panels = {
-        "server's work (s)": seconds.groupby("method")["server_seconds"].mean(),
-        "all messages, up and down (MB)": total.groupby("method")["cost"].mean(),
-    }
-    figure, axes = _row_figure(9, 3, rows)
-    axes[0].set(xlim=(_floor(runs), 1.01), xlabel="test accuracy, mean ± std")
-    for method, height in rows.items():
-        mean, std = scores.loc[method]
-        axes[0].errorbar(mean, height, xerr=std, ms=4.5, lw=0.9, **_marker(described(method)))
-    for axis, (label, cost) in zip(axes[1:], panels.items(), strict=True):
-        _cost_axis(axis, cost, label)
-        for method, height in rows.items():
-            axis.plot(cost[method], height, ms=4.5, ls="", clip_on=False, **_marker(described(method)))
-            axis.plot([0, cost[method]], [height, height], color="#BBBBBB", lw=0.8, zorder=0)
-    _name_rows(axes, rows)
-    _draw_key(figure)
-    return figure
-
-
 def _floor(runs: pd.DataFrame) -> float:
     """Return the tenth below the lowest accuracy of any run, and below the lowest mean − std."""
     scores = runs.groupby(["method", *({"alpha"} & set(runs))])["accuracy"].agg(["mean", "std"]).fillna(0)
     lowest = min(runs["accuracy"].min(), (scores["mean"] - scores["std"]).min())
     return max(0.0, math.floor(10 * lowest) / 10)
-
-
-def _cost_axis(axis: Axes, cost: pd.Series, label: str) -> None:
-    """Scale an axis for costs from 0 on: linear up to 1, then logarithmic."""
-    top = 2 * max(1, cost.max())
-    axis.set_xscale("symlog", linthresh=1, linscale=0.4)
-    axis.set(xlim=(0, top), xticks=[tick for tick in _TICKS if tick < top], xlabel=label)
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.minorticks_off()
 
 
 @styled

@@ -112,7 +112,7 @@ def tradeoffs(table: pd.DataFrame) -> Figure:
         for name, mean in table["mean"].items():
             axis.plot(cost[name], mean, ls="", ms=5, **_marker(described(name)))
     axes[0].set_ylabel("test accuracy, mean over seeds")
-    figure.canvas.draw()  # fixes the layout, which labels are placed in
+    figure.draw_without_rendering()  # fixes the layout, which labels are placed in
     figure.set_layout_engine("none")
     for axis, cost in zip(axes, panels.values(), strict=True):
         label_points(

@@ -94,7 +94,7 @@ def summary(protocol: Protocol, runs: pd.DataFrame) -> list[str]:
         _each(tables, "Highest mean of one model from one exchange", _best),
         _each(tables, "Other methods and FedMITR+", _counts),
         _each(tables, "Do images add to sums? FedMITR+ minus ridge+", partial(_minus, "ridge_plus")),
-        _each(tables, "FedMITR+ minus FedMITR as published", partial(_minus, "fedmitr")),
+        _each(tables, "FedMITR+ minus FedMITR, the paper's method", partial(_minus, "fedmitr")),
         "Claims of the papers and ours: " + _tally(verdicts(protocol, runs)) + ".",
     ]
 

@@ -47,25 +47,21 @@ def test_every_seed_is_a_dot_of_its_own_and_several_models_are_open(table, drawn
 
 def test_rows_stand_family_by_family_and_each_family_is_named(table, drawn):
     shuffled = table.sample(frac=1, random_state=0)
-    for figure in (drawn(figures.comparison(shuffled)), drawn(figures.costs(shuffled, shuffled))):
-        rows = rows_of(figure)
-        assert list(rows) == [METHODS[name].label for name in in_order(METHODS)]
-        heights = list(rows.values())
-        assert (np.diff(heights) < 0).all()
-        families = {text.get_text().replace("\n", " "): text for text in figure.axes[-1].texts}
-        for family, text in families.items():
-            own = [rows[r.label] for r in METHODS.values() if r.family == family]
-            assert text.xy[1] == pytest.approx(sum(own) / len(own))
-        assert set(families) == {record.family for record in METHODS.values()}
+    figure = drawn(figures.comparison(shuffled))
+    rows = rows_of(figure)
+    assert list(rows) == [METHODS[name].label for name in in_order(METHODS)]
+    heights = list(rows.values())
+    assert (np.diff(heights) < 0).all()
+    families = {text.get_text().replace("\n", " "): text for text in figure.axes[-1].texts}
+    for family, text in families.items():
+        own = [rows[r.label] for r in METHODS.values() if r.family == family]
+        assert text.xy[1] == pytest.approx(sum(own) / len(own))
+    assert set(families) == {record.family for record in METHODS.values()}
 
 
-@pytest.mark.parametrize("draw", ["comparison", "costs", "skews"])
-def test_no_text_covers_another(table, draw, drawn):
-    if draw == "costs":
-        figure = drawn(figures.costs(table, table))
-    else:
-        skews = (0.05, 0.1, 0.3) if draw == "skews" else (0.1,)
-        figure = drawn(figures.comparison(pd.concat([table.assign(alpha=alpha) for alpha in skews])))
+@pytest.mark.parametrize("skews", [(0.1,), (0.05, 0.1, 0.3)])
+def test_no_text_covers_another(table, skews, drawn):
+    figure = drawn(figures.comparison(pd.concat([table.assign(alpha=alpha) for alpha in skews])))
     first, last = figure.axes[0], figure.axes[-1]
     texts = [*first.get_yticklabels(), *last.texts, *(axis.xaxis.label for axis in figure.axes)]
     for axis in figure.axes:
@@ -94,22 +90,6 @@ def test_a_panel_for_each_skew_shares_its_rows(table):
     assert titles == ["α = 0.05, 5 seeds", "α = 0.3, 5 seeds"]
     counts = [sum(line.get_marker() in "Ds" for line in axis.lines) for axis in figure.axes]
     assert counts == [len(METHODS), len(METHODS) - 1]
-
-
-def test_costs_are_the_means_of_the_tables(table, drawn):
-    for seeds in (1, 5):
-        some = table[table["seed"] < seeds]
-        figure = drawn(figures.costs(some, some))
-        rows, means = rows_of(figure), some.groupby("method").mean(numeric_only=True)
-        sent = (means["upload_bytes"] + means["download_bytes"]) / 1e6
-        wanted = means["accuracy"], means["server_seconds"], sent
-        for axis, values in zip(figure.axes, wanted, strict=True):
-            points = {row_of(line, rows): line for line in axis.lines if line.get_marker() in "Ds"}
-            assert points.keys() == rows.keys()
-            for name, value in values.items():
-                at = points[METHODS[name].label].get_xdata()[0]
-                assert at == pytest.approx(value)
-                assert axis.get_xlim()[0] <= at <= axis.get_xlim()[1]
 
 
 def test_weights_are_written_as_per_cent(drawn):
@@ -145,13 +125,6 @@ def test_a_comparison_draws_a_users_methods_as_their_records_say(with_others, dr
     assert drawn_as(figure, "My method") == ("s", "white")
     assert drawn_as(figure, "theirs") == ("D", BLACK)
     assert drawn_as(figure, "central") == ("s", BLACK)
-
-
-def test_costs_draw_a_users_methods_too(with_others, drawn):
-    figure = drawn(figures.costs(with_others, with_others))
-    assert list(rows_of(figure)) == ["FedMITR", "theirs", "central", "My method"]
-    for axis in figure.axes:
-        assert len([line for line in axis.lines if line.get_marker() in ("D", "s")]) == 4
 
 
 def test_panels_draw_a_users_methods_too(with_others, drawn):

@@ -10,7 +10,6 @@ from fedmitr.figures.style import pixels, square
 def test_no_text_is_below_nine_points(table, synthetic, recorded_set, task, drawn):
     pictures = [
         figures.comparison(table),
-        figures.costs(table, table),
         figures.generated({"all": synthetic}, task.test, task.stats),
         figures.weights({"shares": torch.eye(3)}, ["a", "b", "c"]),
         figures.emerging(recorded_set, task.test, task.stats, frames=3),

@@ -1,7 +1,6 @@
 """Every script in tools/ runs at toy size; flower_run.py does in tests/flower, for it needs Flower."""
 
 import importlib.util
-import json
 import os
 import sys
 from types import ModuleType
@@ -13,14 +12,14 @@ import pandas as pd
 import psutil
 import pytest
 from click.testing import CliRunner
-from helpers import comparison_table
 
 from fedmitr.core.paths import home
 from fedmitr.evaluation.metrics import ERRORS
-from fedmitr.experiments.compare import seconds_file
 from fedmitr.experiments.headline import HEADLINE, record
 from fedmitr.experiments.reproduce import notebooks
-from fedmitr.settings import Settings
+from fedmitr.methods import METHODS
+from fedmitr.study.protocol import planned, read_protocol
+from fedmitr.study.run import read_study
 
 FOLDER = home() / "tools"
 
@@ -43,72 +42,53 @@ def test_every_script_has_a_test():
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A checkout with a README, a run in its store and a notebook that `make reproduce` executed."""
-    (tmp_path / "README.md").write_text("before\n<!-- results: x -->\nold\n<!-- /results -->\nafter\n")
-    run = tmp_path / "store" / "runs" / "one" / "result.json"
-    run.parent.mkdir(parents=True)
-    settings = Settings.load("laptop").model_dump(mode="json")
-    seconds = {"inversion": 12.0, "distillation": 7.0}
-    run.write_text(json.dumps({"method": "fedmitr_plus", "settings": settings, "seconds": seconds}))
-    executed = tmp_path / "reproduced" / "laptop" / "notebooks"
-    executed.mkdir(parents=True)
+    """A checkout with a README and a notebook that `make reproduce` executed."""
+    blocks = [f"<!-- {name}: x -->\nold\n<!-- /{name} -->\n" for name in ("results", "times")]
+    (tmp_path / "README.md").write_text("before\n" + "between\n".join(blocks) + "after\n")
+    executed = tmp_path / "executed"
+    executed.mkdir()
     book = nbformat.v4.new_notebook(metadata={"papermill": {"duration": 90.0}})
     nbformat.write(book, executed / "00_quickstart.ipynb")
-    monkeypatch.setenv("FEDMITR_STORE", str(tmp_path / "store"))
     return tmp_path
 
 
-def test_readme_writes_the_shipped_results_and_measured_times(checkout, monkeypatch):
+def test_readme_writes_the_shipped_study_and_measured_times(checkout, monkeypatch):
     script = load("readme")
-    monkeypatch.setattr(script, "home", lambda: checkout)  # its tables stay those of this checkout
+    monkeypatch.setattr(script, "home", lambda: checkout)
+    monkeypatch.setattr(script, "EXECUTED", checkout / "executed")
     script.main()
     text = (checkout / "README.md").read_text()
-    assert text.startswith("before\n") and text.endswith("<!-- /results -->\nafter\n") and "old" not in text
-    runs = pd.read_csv(script.RESULTS)
-    assert script.accuracy_table(*tables(script)) in text and script.verdict(runs) in text
-    assert "One run of FedMITR+, and central training: inversion 12 s, distillation 7 s." in text
-    assert "1 notebooks from an empty store, after set-up: 1.5 minutes" in text
+    assert text.startswith("before\n") and text.endswith("<!-- /times -->\nafter\n") and "old" not in text
+    first, second = text.split("between\n")
+    assert script.results(read_protocol(), read_study(script.STUDY)) in first
+    assert "1.5 minutes for 1 notebooks from an empty store" in second
 
 
-def tables(script: ModuleType) -> list[pd.DataFrame]:
-    """The shipped tables that the README shows."""
-    return [pd.read_csv(path) for path in (script.RESULTS, seconds_file(script.RESULTS), script.SKEWS)]
+def test_without_a_run_of_the_notebooks_their_time_is_left_as_it_is(checkout, monkeypatch):
+    script = load("readme")
+    monkeypatch.setattr(script, "home", lambda: checkout)
+    monkeypatch.setattr(script, "EXECUTED", checkout / "absent")
+    script.main()
+    assert "<!-- times: x -->\nold\n" in (checkout / "README.md").read_text()
 
 
-def test_readme_s_table_tells_accuracies_costs_and_other_skews_family_by_family():
-    script, runs = load("readme"), comparison_table(["central", "fedmitr_plus", "ridge", "lda"])
-    skews = pd.concat([runs, runs.assign(alpha=0.5, accuracy=runs["accuracy"] / 2)])
-    head, line, *rows = script.accuracy_table(runs, runs, skews).splitlines()
-    assert head.startswith(
-        "| family | method | accuracy | minus FedMITR+ [95 %] | exchanges | MB up | server s"
-    )
-    assert head.endswith("| α = 0.5 |") and line.count("|") == head.count("|")
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    assert [row[:2] for row in cells] == [
-        ["statistics", "ridge"],
-        ["", "LDA"],
-        ["synthetic images", "FedMITR+"],
-        ["reference", "central"],
+def test_readme_shows_a_ground_when_all_of_its_runs_are_there_and_says_what_is_missing():
+    script, protocol = load("readme"), read_protocol()
+    ground = protocol.primary[0]
+    runs = read_study(script.STUDY).query("part == @ground")
+    assert len(runs) == protocol.runs_of(ground)
+    text = script.results(protocol, runs)
+    assert f"{len(runs)} of {len(planned(protocol)):,} runs are there" in text and f"({ground})" in text
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line
     ]
-    own = runs[runs["method"] == "lda"]["accuracy"]
-    assert cells[1][2] == f"{own.mean():.3f} ± {own.std():.3f}" and cells[1][4:7] == ["1", "6.00", "60.0"]
-    assert cells[1][7] == f"{own.mean() / 2:.3f} ± {own.std() / 2:.3f}"
-
-
-def test_readme_s_verdict_is_the_intervals():
-    script, rows = load("readme"), []
-    rng = np.random.default_rng(0)
-    level = dict(fedmitr_plus=0.8, ridge=0.95, fedavg=0.5, dense=0.8, central=0.99)
-    for method, mean in level.items():
-        rows += [
-            dict(method=method, seed=s, alpha=0.1, accuracy=mean + rng.normal(0, 0.02)) for s in range(6)
-        ]
-    runs = pd.DataFrame(rows)
-    assert script.verdict(runs) == (
-        "The interval of the difference to FedMITR+ lies above zero for ridge; below zero for FedAvg; on "
-        "both sides of it for DENSE (3 intervals at once)."
-    )
-    assert "no run of FedMITR+" in script.verdict(runs[runs["method"] != "fedmitr_plus"])
+    shown = {row[1].removesuffix(" *"): row[2] for row in rows[2:]}
+    scores = runs.groupby("method")["accuracy"].agg(["mean", "std"])
+    wanted = {METHODS[m].label: f"{mean:.3f} ± {std:.3f}" for m, (mean, std) in scores.T.items()}
+    assert shown == wanted
+    assert sum(line[:2] in ("1.", "2.", "3.", "4.", "5.") for line in text.splitlines()) == 5
+    lacking = script.results(protocol, runs[1:])
+    assert "(none yet)" in lacking and "no primary ground is finished" in lacking and "|" not in lacking
 
 
 # publish.py

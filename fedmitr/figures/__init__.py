@@ -9,6 +9,7 @@ from .methods import comparison, costs, weights
 from .scale import projection, scaling
 from .study import across_grounds, cell_differences, forest, tradeoffs
 from .style import save, show
+from .theory import drift, gaps, noise_parts, patch_gradients, variances
 from .transfer import pretraining
 from .why import errors, toy
 
@@ -21,15 +22,19 @@ __all__ = [
     "confidence",
     "costs",
     "curves",
+    "drift",
     "emerging",
     "errors",
     "foreground",
     "forest",
     "frame",
+    "gaps",
     "generated",
+    "noise_parts",
     "one_of_each",
     "overview",
     "panels",
+    "patch_gradients",
     "per_class",
     "places",
     "pretraining",
@@ -45,6 +50,7 @@ __all__ = [
     "token_labels",
     "toy",
     "tradeoffs",
+    "variances",
     "weights",
     "widgets",
 ]

@@ -130,10 +130,14 @@ def theory(
 
 
 def settings_of(
-    start: str, seed: int, profile: str = "laptop", overrides: Mapping[str, Any] | None = None
+    start: str | None, seed: int, profile: str = "laptop", overrides: Mapping[str, Any] | None = None
 ) -> Settings:
-    """Return the settings of a start and a seed; BadInput for those under which nothing can be measured."""
-    own = {**SHARED, **(overrides or {}), "model.name": start, "seed": seed}
+    """Return the settings of a start, None for the profile's, and a seed.
+
+    Raises BadInput for settings under which nothing can be measured.
+    """
+    own = {**SHARED, **(overrides or {}), "seed": seed}
+    own |= {"model.name": start} if start else {}
     s = Settings.load(profile, own, "fedmitr")
     if not s.distill.views:
         raise BadInput("distill.views=0 cannot be measured: allowed are 1 and more, the views of a sample")

@@ -24,7 +24,7 @@ from ..vision.tokens import images_at_once
 from .gradients import Loss, average_labels, gradient_noise, sample_losses
 from .stability import descend, distance, replace_sample
 
-RATE = 0.01  # of SGD
+RATE = 0.01  # of SGD: below 2/β, so that on a convex loss its steps would move no two students apart
 SAMPLES = 128  # views on which a gradient's variance is measured
 NO_TOKENS = RelabelSettings(mode="none")
 

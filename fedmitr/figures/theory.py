@@ -98,7 +98,7 @@ def drift(students: pd.DataFrame) -> Figure:
     """Draw how far SGD's students drift apart, and their losses, on logarithmic axes, a column a start.
 
     students: what `theory.verdicts.with_bounds` returns. Lines are geometric means over seeds, by labels and
-    inversion; the grey ones are the bounds on the distance, of the cell with the largest convex bound.
+    inversion; the grey ones are the bounds, of the cell with the largest convex bound.
     """
     rows = _largest(students)
     rows = rows[rows["step"] > 0]
@@ -115,9 +115,12 @@ def drift(students: pd.DataFrame) -> Figure:
             axis.grid(which="both", alpha=0.2)
         worst = own.loc[own["convex"].idxmax(), ["inversion", "labels"]]
         run = own[(own["inversion"] == worst["inversion"]) & (own["labels"] == worst["labels"])]
-        for name, line in _BOUNDS.items():
+        for axis, name, line in (
+            *((axes[0, column], name, line) for name, line in _BOUNDS.items()),
+            (axes[1, column], "convex_loss", _BOUNDS["convex"]),
+        ):
             mean = _geometric(run, name)
-            axes[0, column].plot(mean.index, mean, line, color="#777777", lw=1.6)
+            axis.plot(mean.index, mean, line, color="#777777", lw=1.6)
         axes[0, column].set_title(start)
         axes[1, column].set_xlabel("step t of SGD")
     axes[0, 0].set_ylabel("‖θ − θ′‖")

@@ -116,16 +116,16 @@ def theory(
     students = list(product(grid, cells))
     found: dict[str, dict[int, list[dict[str, Any]]]] = {"inversions": {}, "students": {}}
     with progress(len(inversions) + len(students), "theory", "part") as bar:
-        for stage, work, items in (
-            ("inversions", _patch_rows, inversions),
-            ("students", _student_rows, students),
+        for stage, work, items, columns in (
+            ("inversions", _patch_rows, inversions, PATCH_COLUMNS),
+            ("students", _student_rows, students, COLUMNS),
         ):
             for index, rows in parallel(partial(work, kept), items):
                 found[stage][index] = rows
                 bar.update(1)
                 if out:
-                    write_csv(_table(found["inversions"], PATCH_COLUMNS), inversion_file(out), digits=8)
-                    write_csv(_table(found["students"], COLUMNS), out, digits=8)
+                    file = out if stage == "students" else inversion_file(out)
+                    write_csv(_table(found[stage], columns), file, digits=8)
     return _table(found["students"], COLUMNS), _table(found["inversions"], PATCH_COLUMNS)
 
 
@@ -272,8 +272,10 @@ def student_rows(experiment: Experiment, uploads: Sequence[Upload], cell: Cell) 
 @click.option("--out", type=click.Path(path_type=Path), help="CSV; default results/theory.csv.")
 def main(assignments: Sequence[str], seeds: str, profile: str, store: Path | None, out: Path | None) -> None:
     """Measure what the theory claims, and write a row for each student and step."""
-    if not out and (assignments or profile != "laptop"):
-        raise click.ClickException("results/theory.csv is the laptop profile's: give another --out")
+    if not out and (assignments or (seeds, profile) != ("0-4", "laptop")):
+        raise click.ClickException(
+            "results/theory.csv has seeds 0-4 of the laptop profile: give another --out"
+        )
     try:
         overrides = dict(map(parse_assignment, assignments))
         out = out or home() / "results" / "theory.csv"

@@ -41,15 +41,18 @@ class Step(NamedTuple):
 def with_bounds(students: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of SGD's students with two bounds on `distance` from their measured variance.
 
-    "convex": as if a step moved no two students apart; "smooth": with the measured curvature. The columns of
-    students are those of results/theory.csv.
+    "convex": as if a step moved no two students apart; "smooth": with the measured curvature. "convex_loss"
+    is the first times the gradient's length, the root of E‖g‖² = signal + variance: to first order a bound on
+    `loss_distance`. The columns of students are those of results/theory.csv.
     """
     parts = []
     for _, run in students[students["optimizer"] == "sgd"].groupby(PARTS, sort=False):
         run = run.sort_values("step")
         known = run["step"], run["variance"], run["images"].iloc[0], run["rate"].iloc[0]
         smooth = predicted_distance(*map(_plain, known), curvature=run["curvature"].to_numpy())
-        parts.append(run.assign(convex=predicted_distance(*map(_plain, known)), smooth=smooth))
+        convex = predicted_distance(*map(_plain, known))
+        length = np.sqrt(run["signal"].clip(lower=0) + run["variance"])
+        parts.append(run.assign(convex=convex, smooth=smooth, convex_loss=convex * length))
     return pd.concat(parts)
 
 
@@ -116,6 +119,7 @@ def _steps(students: pd.DataFrame, inversions: pd.DataFrame, start: str, optimiz
     both = {f"{cell}, synthetic": _wide(last, seen)[cell] for cell in last["cell"].unique()}
     both |= {f"{cell}, to real images": _wide(last, unseen)[cell] for cell in last["cell"].unique()}
     gaps = [(f"{c}, synthetic", f"{c}, to real images") for c in last["cell"].unique()]
+    worst = _wide(last, np.log(last["loss_distance_max"]))
     accurate = [(less, more) for more, less in LESS_NOISE]
     steps = [
         Step("1 variance", "less gradient variance", noise, LESS_NOISE, True),
@@ -123,6 +127,7 @@ def _steps(students: pd.DataFrame, inversions: pd.DataFrame, start: str, optimiz
         *_patch_steps(inversions[inversions["start"] == start]),
         Step("3 stability", "closer students", _wide(last, np.log(last["distance"])), LESS_NOISE, True),
         Step("3 stability", "closer losses", _wide(last, np.log(last["loss_distance"])), LESS_NOISE, True),
+        Step("3 stability", "closer losses at the worst image", worst, LESS_NOISE, True),
         Step("4 generalisation", "a smaller gap on synthetic images", _wide(last, seen), LESS_NOISE, False),
         Step("4 generalisation", "the synthetic gap is the larger", pd.DataFrame(both), gaps, False),
         Step("5 accuracy", "more accurate on real images", _wide(last, last["accuracy"]), accurate, False),
@@ -158,15 +163,24 @@ def _bound_steps(students: pd.DataFrame) -> list[Step]:
     rows = rows[rows["step"] == rows["step"].max()]
     full = rows[rows["images"] == rows["images"].max()]
     columns: Mapping[str, pd.DataFrame] = {
-        name: _wide(full, np.log(full[name])) for name in ("convex", "smooth", "distance")
+        name: _wide(full, np.log(full[name]))
+        for name in ("convex", "smooth", "distance", "convex_loss", "loss_distance")
     }
     held = {f"{name} bound, {c}": columns[name][c] for name in ("convex", "smooth") for c in columns[name]}
     held |= {f"measured, {c}": columns["distance"][c] for c in columns["distance"]}
     pairs = [
         (f"{name} bound, {c}", f"measured, {c}") for name in ("convex", "smooth") for c in columns["distance"]
     ]
+    losses = {f"bound, {c}": values for c, values in columns["convex_loss"].items()}
+    losses |= {f"measured, {c}": values for c, values in columns["loss_distance"].items()}
+    loss_pairs = [(f"bound, {c}", f"measured, {c}") for c in columns["loss_distance"]]
     few = rows[rows["images"] == rows["images"].min()]
-    steps = [Step("3 stability", "the bound is above the distance", pd.DataFrame(held), pairs, True)]
+    steps = [
+        Step("3 stability", "the bound is above the distance", pd.DataFrame(held), pairs, True),
+        Step(
+            "3 stability", "the bound is above the losses' distance", pd.DataFrame(losses), loss_pairs, True
+        ),
+    ]
     if len(few) and few["images"].iloc[0] < full["images"].iloc[0]:
         cell = few["cell"].iloc[0]
         sizes = {f"{cell}, n = {part['images'].iloc[0]}": part for part in (few, full[full["cell"] == cell])}

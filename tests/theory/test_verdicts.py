@@ -73,6 +73,15 @@ def test_bounds_are_the_recursion_of_each_run(students):
     expected = predicted_distance(run["step"].tolist(), run["variance"].tolist(), 400, run["rate"].iloc[0])
     assert np.allclose(run["convex"], expected)
     assert (run["smooth"].iloc[1:] > run["convex"].iloc[1:]).all()
+    assert np.allclose(run["convex_loss"], expected * np.sqrt(run["signal"] + run["variance"]))
+
+
+def test_a_bound_that_lies_below_what_it_bounds_fails(students):
+    near = card(students, invented_inversions(), START)
+    claim = "the bound is above the losses' distance"
+    assert set(verdicts(near, claim).values()) == {FAILS}  # invented: 0.01, far above any bound
+    small = students.assign(loss_distance=students["distance"] * 1e-3)
+    assert set(verdicts(card(small, invented_inversions(), START), claim).values()) == {HOLDS}
 
 
 def test_slopes_are_those_that_were_built_in(students):

@@ -8,6 +8,7 @@
 # make study       results/study.{csv,json}, the README's results: 2,620 runs; about 12 hours on 2 cores
 # make ablations   notebook 06's tables: every cell of results/ablations.yaml and fidelity.yaml, on three seeds
 # make transfer    notebook 06's figure: starts that were pretrained for fewer and fewer steps, on five seeds
+# make theory      notebook 07's tables: gradient noise, stability and gaps, both starts, five seeds; about three hours
 # make why         the table and figures of docs/why-it-works.md, on five seeds
 # make scale       notebook 09's table: up to 100 clients, and clients whose ViTs differ
 #
@@ -28,13 +29,13 @@ SPREAD := -n auto --maxprocesses 4 --dist loadfile
 SITE := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-flower flower tuning study publish ablations transfer why scale lint format weights clean
+.PHONY: help setup reproduce test test-flower flower tuning study publish ablations transfer theory why scale lint format weights clean
 
 # A figure backend set for another program must not reach the notebooks.
 unexport MPLBACKEND
 
 help:
-	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | flower | publish | tuning | study | ablations | transfer | why | scale | lint | format | weights | clean"
+	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | flower | publish | tuning | study | ablations | transfer | theory | why | scale | lint | format | weights | clean"
 
 setup: $(STAMP)
 
@@ -102,6 +103,10 @@ ablations: setup
 # Validation images of the tuning seeds: a study of the start, not of who wins.
 transfer: setup
 	$(BIN)/python -m fedmitr.experiments.transfer
+
+# What the theory claims, measured: each student is kept in the store, so a stopped run goes on.
+theory: setup
+	$(BIN)/python -m fedmitr.theory.experiment
 
 why: setup
 	$(BIN)/python tools/why.py

@@ -26,6 +26,7 @@ ORDER = [
     {"evaluation"},
     {"experiments"},
     {"study"},
+    {"theory"},
     {"figures"},
     {"flower_message"},
     {"cli", "flower_app"},
@@ -33,6 +34,7 @@ ORDER = [
 ]
 RANK = {folder: rank for rank, folders in enumerate(ORDER) for folder in folders}
 BLIND = ("upload.", "server.", "methods.", "vision.", "settings.", "core.")  # what sees no data
+BLIND += ("theory.gradients", "theory.patches", "theory.stability", "theory.students")
 DATA = ("data.", "client.")
 MOST_LINES = 350
 

@@ -74,8 +74,8 @@ def _verdict(row: pd.Series) -> str:
 
 
 STORED = (
-    "Tables over seeds in notebooks 05, 06 and 09 show stored results: `make study`, `make ablations`, "
-    "`make transfer` and `make scale` run them again."
+    "Tables over seeds in notebooks 05, 06, 07 and 09 show stored results: `make study`, `make ablations`, "
+    "`make transfer`, `make theory` and `make scale` run them again."
 )
 
 

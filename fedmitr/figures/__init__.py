@@ -9,6 +9,7 @@ from .methods import comparison, weights
 from .scale import projection, scaling
 from .study import across_grounds, cell_differences, forest, tradeoffs
 from .style import save, show
+from .theory import drift, gaps, noise_parts, patch_gradients, variances
 from .transfer import pretraining
 from .why import errors, toy
 
@@ -20,15 +21,19 @@ __all__ = [
     "comparison",
     "confidence",
     "curves",
+    "drift",
     "emerging",
     "errors",
     "foreground",
     "forest",
     "frame",
+    "gaps",
     "generated",
+    "noise_parts",
     "one_of_each",
     "overview",
     "panels",
+    "patch_gradients",
     "per_class",
     "places",
     "pretraining",
@@ -44,6 +49,7 @@ __all__ = [
     "token_labels",
     "toy",
     "tradeoffs",
+    "variances",
     "weights",
     "widgets",
 ]

@@ -48,6 +48,31 @@ def distill(
     optimizer, schedule = student_optimizer(student, settings)
     if settings.calibrate:
         ensemble = calibrated(ensemble, student, synthetic, settings, seed)
+    labelled_view = view_labeller(student, ensemble, synthetic, settings, relabel, rng)
+    draw, count = labelled_view, len(synthetic)
+    if settings.views:  # the teacher, K forwards an image, labels every view once
+        pool = draw_views(labelled_view, count, settings.views, rng, images_at_once(student))
+        draw, count = rows_of(pool), len(pool[0])
+    batches = map(draw, islice(epochs(count, settings.batch_size, rng), settings.steps))
+    train_student(student, batches, optimizer, schedule, settings, relabel, progress)
+    if relabel.head == "own":
+        del student.aux_head
+    return student
+
+
+def view_labeller(
+    student: VisionTransformer,
+    ensemble: CombinedModels,
+    synthetic: SyntheticSet,
+    settings: DistillSettings,
+    relabel: RelabelSettings,
+    rng: torch.Generator,
+) -> Callable[[Tensor], Batch]:
+    """Return a function that draws a view of images `pick` (B,) and labels it, as the student learns it.
+
+    It returns images (B, ch, H, W), the teacher's log-probabilities (B, C), labels (B,) and token targets
+    (B, N, C).
+    """
     background = None  # (n, C)
     if relabel.source == "background_cls":
         background = background_labels(ensemble, synthetic, relabel.temperature)
@@ -59,15 +84,7 @@ def distill(
         log_probs, soft = soft_token_labels(teacher, images, own_background, relabel)
         return images, log_probs, labels, token_targets(labels, mask, soft, relabel)
 
-    draw, count = labelled_view, len(synthetic)
-    if settings.views:  # the teacher, K forwards an image, labels every view once
-        pool = draw_views(labelled_view, count, settings.views, rng, images_at_once(student))
-        draw, count = rows_of(pool), len(pool[0])
-    batches = map(draw, islice(epochs(count, settings.batch_size, rng), settings.steps))
-    train_student(student, batches, optimizer, schedule, settings, relabel, progress)
-    if relabel.head == "own":
-        del student.aux_head
-    return student
+    return labelled_view
 
 
 def calibrated(

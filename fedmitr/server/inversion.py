@@ -41,13 +41,15 @@ def invert(
     competition: float = 0.0,
     recorded: int = 20,
     progress: Callable[[int], object] | None = None,
+    watch: Callable[[LivePatches, Loss], object] | None = None,
 ) -> SyntheticSet:
     """Invert one batch of target labels (B,): minimise `loss_at` over the live pixels by Adam.
 
     The teacher is the ensemble or, with `settings.teacher` = "owners", for each image one client drawn by
     its share of the class. opponent: a frozen student on which the images should disagree with the teacher,
     weighed by competition. recorded: how many of the images are pictured on the way and at the end, in
-    `history["frames"]`. progress is called with 1 after each iteration. On CPUs the same arguments give the
+    `history["frames"]`. progress is called with 1 after each iteration, watch with the live patches and their
+    loss before each step, to measure and not to change. On CPUs the same arguments give the
     same images; a CUDA device may round affine views' gradients differently. Raises BadInput where pixels
     diverge.
 
@@ -69,6 +71,8 @@ def invert(
             paint_stopped(live, rows, settings.background, rng)
             live.retain(rows)
         loss = loss_at(live, teacher, labels, settings, rng, opponent, competition)
+        if watch:
+            watch(live, loss)
         if settings.keep_best and step >= max(settings.stop_at, default=0):
             best.update(loss, live.pixels)
         live.step(loss.gradient, settings.lr * rate_factor(settings.schedule, settings.iterations, step))

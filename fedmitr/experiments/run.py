@@ -21,6 +21,7 @@ from ..methods import Method, Outcome, check_methods, find
 from ..settings import Settings
 from ..settings.schema import ModelSettings
 from ..upload import Upload, wire_bytes
+from ..upload.privacy import epsilon
 from ..vision.stages import stage_blocks
 from ..vision.vit import weights_digest
 from .clients import Clients
@@ -34,6 +35,7 @@ class Experiment(Clients):
         """Raise BadInput, before any work, for all that can be wrong with settings, methods and uploads."""
         jobs()
         check_methods(methods, self.settings)
+        self.check_noise()
         for client in range(len(self.shards)):
             if self.store.has("uploads", self.upload_key(client)):  # damaged ones are refused now
                 self.store.read(
@@ -144,6 +146,7 @@ class Experiment(Clients):
             local_accuracies=local,
             best_local_accuracy=max(local, default=None),
             **self._account(find(method), outcome),
+            **self._privacy(find(method)),
             seconds=self._seconds(method, outcome),
             settings=s.model_dump(mode="json"),
             versions=versions(),
@@ -160,6 +163,20 @@ class Experiment(Clients):
             "upload_bytes": up,
             "download_bytes": self._shared_bytes(method, sent) if down is None else down,
         }
+
+    def _privacy(self, method: Method) -> dict[str, float]:
+        """Return ε and δ of what the method's clients send, of the client with the largest ε.
+
+        Empty without noise. Noise of weights and of sums of one client composes; δ is then the larger of both
+        settings.
+        """
+        noises = [upload.noises for upload in self._addressed_by(method)]
+        if not any(noises):
+            return {}
+        own = {"weights": self.settings.client.dp_delta, "sums": self.settings.statistics.dp_delta}
+        used = {"weights": method.needs_weights, "sums": method.needs_statistics_under(self.settings)}
+        delta = max(own[part] for part in own if used[part])
+        return {"epsilon": max(epsilon(each, delta) for each in noises), "delta": delta}
 
     def _shared_bytes(self, method: Method, uploads: Sequence[Upload]) -> int:
         """Count the bytes of the models that these clients were handed.

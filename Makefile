@@ -8,7 +8,7 @@
 # make ablations   notebook 06's tables: every cell of results/ablations.yaml and fidelity.yaml, on three seeds
 # make transfer    notebook 06's figure: starts that were pretrained for fewer and fewer steps, on five seeds
 # make why         the table and figures of docs/why-it-works.md, on five seeds
-# make dp          results/dp.csv: accuracy against ε of differential privacy, on five seeds; about two hours
+# make dp          results/dp.csv: accuracy against ε of differential privacy, on five seeds; about an hour and a half
 # make scale       notebook 09's table: up to 100 clients, and clients whose ViTs differ
 #
 # PYTHON=python3.12 picks the interpreter. On Linux, for the CPU build of torch:
@@ -107,6 +107,7 @@ why: setup
 # Accuracy against ε. The other start: `python -m fedmitr.privacy.cost --starts vit_micro_early --out FILE`.
 dp: setup
 	$(BIN)/python -m fedmitr.privacy.cost
+	$(BIN)/python tools/dp.py
 
 # Trains the shared initial model again, the same after fewer steps, and the two for clients whose ViTs differ.
 weights: setup

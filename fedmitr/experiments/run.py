@@ -170,13 +170,15 @@ class Experiment(Clients):
         Empty without noise. Noise of weights and of sums of one client composes; δ is then the larger of both
         settings.
         """
-        noises = [upload.noises for upload in self._addressed_by(method)]
-        if not any(noises):
+        sent = {
+            "weights": (self.settings.client, method.needs_weights),
+            "sums": (self.settings.statistics, method.needs_statistics_under(self.settings)),
+        }
+        deltas = [own.dp_delta for own, is_sent in sent.values() if is_sent and own.dp_epsilon is not None]
+        if not deltas:
             return {}
-        own = {"weights": self.settings.client.dp_delta, "sums": self.settings.statistics.dp_delta}
-        used = {"weights": method.needs_weights, "sums": method.needs_statistics_under(self.settings)}
-        delta = max(own[part] for part in own if used[part])
-        return {"epsilon": max(epsilon(each, delta) for each in noises), "delta": delta}
+        found = [epsilon(upload.noises, max(deltas)) for upload in self.uploads_for(method)]
+        return {"epsilon": max(found), "delta": max(deltas)}
 
     def _shared_bytes(self, method: Method, uploads: Sequence[Upload]) -> int:
         """Count the bytes of the models that these clients were handed.

@@ -1,4 +1,4 @@
-"""Runs with protections: the ε that is told, what is sent, secret noise; and that without them nothing changes."""
+"""Runs with protections: the ε told, what is sent, secret noise; and that without them nothing changes."""
 
 import json
 

@@ -164,10 +164,9 @@ class Clients:
         return self._train([self._client(client)], self.upload_key, "client")[0]
 
     def check_noise(self) -> None:
-        """Raise BadInput, before any work, where no noise gives the wanted ε, as `noise_multiplier`."""
+        """Raise BadInput, before any work, where no noise of training gives the wanted ε."""
         for shard in self.shards:
             training_noise(len(shard), local_steps(len(shard), self.settings.client), self.settings.client)
-        Features.under(ModelShape.of(self.settings.model.name, self.initial), "", self.settings.statistics)
 
     def _client(self, client: int) -> tuple[int, Tensor, ModelSettings]:
         return client, self.shards[client], self.settings.model_of(client)

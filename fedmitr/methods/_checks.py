@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from ..core.errors import BadInput
 from ..settings import Settings
+from ..upload.privacy import noise_multiplier
 from ._method import Method, find
 
 
@@ -40,6 +41,8 @@ def check_protection(method: Method, settings: Settings) -> None:
     on |= {"statistics.smallest": settings.statistics.smallest} if settings.statistics.smallest else {}
     if not on:
         return
+    if sums is not None:
+        noise_multiplier("statistics.dp_epsilon", sums, settings.statistics.dp_delta)  # BadInput out of reach
     named = f"{next(iter(on))}={next(iter(on.values()))}"
     if method.given in ("clients", "stages", "images"):
         raise BadInput(f"{named} protects one upload: method={method.name!r} sends more than that")

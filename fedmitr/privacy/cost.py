@@ -41,7 +41,8 @@ def protection(method: str, settings: Settings, target: float | None, delta: flo
     """Return the dotted settings that protect what a method's clients send at ε = target; None: nothing.
 
     A client that sends weights and sums has half of the budget for each, in the sense of Rényi divergence:
-    two Gaussian releases with √2 times the noise of one are worth that one (`half_of`).
+    two Gaussian releases with √2 times the noise of one are worth that one (`half_of`). Where the settings
+    need class histograms, which only noisy sums replace, clients weigh by n_k instead.
     """
     record = find(method)
     if target is None:
@@ -50,7 +51,10 @@ def protection(method: str, settings: Settings, target: float | None, delta: flo
     parts = [block for block, sent in parts.items() if sent]
     each = target if len(parts) == 1 else half_of(target, delta)
     values = {"dp_epsilon": each, "dp_delta": delta}
-    return {f"{block}.{name}": value for block in parts for name, value in values.items()}
+    found: dict[str, Any] = {f"{block}.{name}": value for block in parts for name, value in values.items()}
+    if record.needs_weights and settings.uses_counts:  # no noise protects a histogram without sums
+        found |= {"ensemble.mode": "size", "inversion.teacher": "ensemble"}
+    return found
 
 
 def half_of(target: float, delta: float) -> float:
@@ -105,7 +109,7 @@ def pair_of(
     """Return a method with its settings at an ε, on a seed, from a start."""
     own = {**overrides, "model.name": start, "seed": seed}
     plain = Settings.load(profile, own, method)
-    return method, plain.changed({**protection(method, plain, target), **overrides})
+    return method, plain.changed(protection(method, plain, target))
 
 
 def _row(store: Store, pair: Pair) -> dict[str, Any]:

@@ -72,6 +72,8 @@ def test_every_part_that_is_sent_is_protected():
     weights = {"client.dp_epsilon", "client.dp_delta"}
     sums = {"statistics.dp_epsilon", "statistics.dp_delta"}
     assert names == {"ridge": sums, "fedmitr": weights, "fedmitr_plus": weights | sums}
+    counted = settings.changed({"ensemble.mode": "class"})
+    assert protection("fedmitr", counted, 3.0)["ensemble.mode"] == "size"
     both = protection("fedmitr_plus", settings, 3.0)
     assert both["client.dp_epsilon"] == both["statistics.dp_epsilon"] < 3.0
 

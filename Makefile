@@ -10,6 +10,7 @@
 # make transfer    notebook 06's figure: starts that were pretrained for fewer and fewer steps, on five seeds
 # make theory      notebook 07's tables: gradient noise, stability and gaps, both starts, five seeds; about three hours
 # make why         the table and figures of docs/why-it-works.md, on five seeds
+# make dp          results/dp.csv: accuracy against ε of differential privacy, on five seeds; about an hour and a half
 # make scale       notebook 09's table: up to 100 clients, and clients whose ViTs differ
 #
 # PYTHON=python3.12 picks the interpreter. On Linux, for the CPU build of torch:
@@ -29,13 +30,13 @@ SPREAD := -n auto --maxprocesses 4 --dist loadfile
 SITE := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-flower flower tuning study publish ablations transfer theory why scale lint format weights clean
+.PHONY: help setup reproduce test test-flower flower tuning study publish ablations transfer theory why dp scale lint format weights clean
 
 # A figure backend set for another program must not reach the notebooks.
 unexport MPLBACKEND
 
 help:
-	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | flower | publish | tuning | study | ablations | transfer | theory | why | scale | lint | format | weights | clean"
+	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | flower | publish | tuning | study | ablations | transfer | theory | why | dp | scale | lint | format | weights | clean"
 
 setup: $(STAMP)
 
@@ -110,6 +111,11 @@ theory: setup
 
 why: setup
 	$(BIN)/python tools/why.py
+
+# Accuracy against ε. The other start: `python -m fedmitr.privacy.cost --starts vit_micro_early --out FILE`.
+dp: setup
+	$(BIN)/python -m fedmitr.privacy.cost
+	$(BIN)/python tools/dp.py
 
 # Trains the shared initial model again, the same after fewer steps, and the two for clients whose ViTs differ.
 weights: setup

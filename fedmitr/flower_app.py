@@ -6,6 +6,7 @@ module holds client and server code; only the client's imports data modules.
 """
 
 import json
+import secrets
 import sys
 import time
 import traceback
@@ -20,6 +21,7 @@ import torch
 from .core.errors import BadInput
 from .core.paths import default_store
 from .core.processes import jobs
+from .core.rng import make_rng
 from .core.store import Store, check_output, fingerprint, write_tensors
 from .methods import METHODS, Method, Outcome, check_methods, find
 from .settings import Settings, build, parse_assignment
@@ -119,8 +121,7 @@ class Order(NamedTuple):
         if not find(self.method).needs_statistics_under(self.settings):
             return None
         own = find(self.method).adapted(self.settings).statistics
-        weights = weights_digest(self.settings.model)
-        return Features(shape=self.shape, weights=weights, tokens=own.tokens, views=own.views)
+        return Features.under(self.shape, weights_digest(self.settings.model), own)
 
     def pack(self) -> RecordDict:
         """Write the order as Flower's records."""
@@ -160,9 +161,12 @@ def local_upload(order: Order, node: Mapping[str, Any]) -> Upload:
 
     node: `partition-id`, the client's number; `data-dir`, a folder <class>/*.jpg of its own instead of the
     shard that `fedmitr run` would give it; `store`, its folder of artefacts. Raises BadInput where these
-    cannot be used, and as `Experiment` does.
+    cannot be used, and as `Experiment` does. Noise of differential privacy is drawn from this machine's own
+    random numbers, which the server does not know. What the client's store has is sent again, without new
+    noise; with `data-dir` nothing is stored, so that every order spends ε anew.
     """
-    from .client.statistics import feature_statistics
+    from .client.noise import told_counts
+    from .client.statistics import sent_statistics
     from .client.train import train_client
     from .data.photos import own_images
     from .data.tasks import Split
@@ -175,21 +179,30 @@ def local_upload(order: Order, node: Mapping[str, Any]) -> Upload:
             f"partition-id={client!r} of num-partitions={node.get('num-partitions', count)!r}: "
             f"allowed are 0 to {count - 1} of partition.clients={count}"
         )
-    experiment, record = Experiment(settings, node.get("store")), find(order.method)
+    record, secret = find(order.method), secrets.randbits(63)
+    experiment = Experiment(settings, node.get("store"), noise_seed=secret)
     if not (folder := node.get("data-dir")):
         return experiment.upload_for(record, client)
     shared, model = shared_vit(settings.model, order.num_classes), settings.model_of(client)
     shard = Split(*own_images(folder, order.classes, shared.patch_embed.img_size[0], normalisation(shared)))
     if record.needs_weights:
         vit = shared if model == settings.model else client_vit(shared, model)
-        upload = train_client(vit, shard, settings.client, client=client, name=model.name, seed=settings.seed)
-        upload = upload if record.needs_counts_under(settings) else upload.without_counts()
+        upload = train_client(
+            vit,
+            shard,
+            settings.client,
+            client=client,
+            name=model.name,
+            seed=settings.seed,
+            noise_seed=secret,
+        )
     else:
         upload = Upload(client, len(shard), order.shape, None)
     if features := order.features:
-        sums = feature_statistics([shared], shard, features.tokens, features.views)
+        sums = sent_statistics(shared, shard, features, make_rng(secret, "noise of sums"), f"client {client}")
         upload = upload.with_statistics(sums, features)
-    return upload.checked()
+    counted = record.needs_counts_under(settings)
+    return told_counts(upload, counted, settings.statistics.smallest).checked()
 
 
 # --- the server -------------------------------------------------------------------------------------

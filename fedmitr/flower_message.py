@@ -105,6 +105,7 @@ def unpack(
         read.class_counts,
         statistics,
         read.features,
+        read.training,
     ).checked()
     if upload.digest != read.sha256:
         raise BadInput(f"{who}: its arrays and card do not have the checksum that the card states")

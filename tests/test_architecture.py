@@ -25,6 +25,7 @@ ORDER = [
     {"methods"},
     {"evaluation"},
     {"experiments"},
+    {"privacy"},
     {"study"},
     {"theory"},
     {"figures"},

@@ -54,6 +54,8 @@ def run(method, profile, task, model, clients, alpha, seed, assignments, store, 
     if told := " · ".join(f"{name} {value:.3f}" for name, value in references.items() if value is not None):
         click.echo(f"  {told}")
     click.echo(f"  uplink {result.upload_bytes / 1e6:.2f} MB · seconds {result.seconds}")
+    if result.epsilon is not None:
+        click.echo(f"  privacy of a client's upload: ε = {result.epsilon:.3f} at δ = {result.delta:g}")
 
 
 def tell_plan(method: str, settings: Settings, as_json: bool) -> None:

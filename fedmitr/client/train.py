@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from ..settings.schema import ClientSettings
 from ..upload import ModelShape, Upload
 from ..vision.augment import random_maps, warp
 from ..vision.tokens import kept_patches, patch_features, read_by_head, token_logits
+from .private import fit_private, training_noise
 
 Progress = Callable[[int], object]
 
@@ -29,25 +31,36 @@ def train_client(
     name: str = "vit_micro",
     seed: int = 0,
     progress: Progress | None = None,
+    noise_seed: int | None = None,
 ) -> Upload:
     """Train a copy of the shared model on a shard, with `local_loss` and `fedprox`; return the upload.
 
     name: the shared model's, as `create_vit` takes it. progress is called with 1 after each step. The upload
-    carries the class counts c_k; `Upload.without_counts` drops them. Raises BadInput where training diverges.
+    carries the class counts c_k; `Upload.without_counts` drops them. With `dp_epsilon` training is DP-SGD,
+    and the upload has no class counts, which DP-SGD does not protect. noise_seed: of DP-SGD's draws, which a
+    client must keep to itself; by default `seed`, so that a run can be repeated. Raises BadInput where
+    training diverges.
     """
     vit = copy.deepcopy(initial).to(device()).train()
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         return local_loss(vit, images, labels, settings) + fedprox(vit, initial, settings)
 
-    fit([vit], loss, shard, settings, settings.epochs, make_rng(seed, "client", client), progress)
+    noise = training_noise(len(shard), local_steps(len(shard), settings), settings)
+    if noise:
+        rng = make_rng(seed if noise_seed is None else noise_seed, "client", client)
+        decay = partial(fedprox, vit, initial, settings)
+        fit_private(vit, partial(local_loss, settings=settings), decay, shard, settings, noise, rng, progress)
+    else:
+        fit([vit], loss, shard, settings, settings.epochs, make_rng(seed, "client", client), progress)
     counts = torch.bincount(shard.labels, minlength=vit.num_classes)
     return Upload(
         client=client,
         size=len(shard),
         shape=ModelShape.of(name, vit),
         weights={k: v.detach().cpu().contiguous() for k, v in vit.state_dict().items()},
-        class_counts=tuple(counts.tolist()),
+        class_counts=None if noise else tuple(counts.tolist()),
+        training=noise,
     ).checked()  # training that diverged must not reach the store or the server
 
 

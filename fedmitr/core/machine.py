@@ -6,7 +6,7 @@ import platform
 import torch
 
 PACKAGES = ("fedmitr", "torch", "torchvision", "timm", "numpy", "scikit-learn", "pydantic", "safetensors")
-OPTIONAL = ("dask", "ray", "flwr")
+OPTIONAL = ("dask", "ray", "flwr", "opacus")
 
 
 def device() -> torch.device:

@@ -10,11 +10,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..client.fusefl import FusionClient
-from ..client.statistics import StatisticsClient, feature_statistics
+from ..client.noise import large_classes, told_counts
+from ..client.private import training_noise
+from ..client.statistics import StatisticsClient, sent_statistics
 from ..client.train import local_steps, train_client
 from ..core.paths import default_store
 from ..core.processes import parallel, spreads
 from ..core.progress import progress
+from ..core.rng import make_rng
 from ..core.store import Store, fingerprint, read_tensors, write_tensors
 from ..data.image_sets import num_classes
 from ..data.partition import partition
@@ -32,10 +35,17 @@ class Clients:
     Each is made when it is first read, and comes from the store where an earlier run left it.
     """
 
-    def __init__(self, settings: Settings, store: Store | Path | str | None = None) -> None:
-        """Open the store, a folder, by default $FEDMITR_STORE, else data/store; set torch's threads."""
+    def __init__(
+        self, settings: Settings, store: Store | Path | str | None = None, noise_seed: int | None = None
+    ) -> None:
+        """Open the store, a folder, by default $FEDMITR_STORE, else data/store; set torch's threads.
+
+        noise_seed: of the noise of differential privacy. By default that of the settings, so that a run can
+        be repeated, which protects from nobody who knows the settings; a client on a machine of its own
+        passes a secret.
+        """
         torch.set_num_threads(settings.threads)
-        self.settings = settings
+        self.settings, self.noise_seed = settings, noise_seed
         self.store = store if isinstance(store, Store) else Store(store or default_store())
 
     @cached_property
@@ -79,12 +89,8 @@ class Clients:
 
     def features_of(self, settings: Settings) -> Features:
         """Return what statistics are sums of under a method's reading of the settings (`Method.adapted`)."""
-        return Features(
-            shape=ModelShape.of(self.settings.model.name, self.initial),
-            weights=self._initial_digest,
-            tokens=settings.statistics.tokens,
-            views=settings.statistics.views,
-        )
+        shape = ModelShape.of(self.settings.model.name, self.initial)
+        return Features.under(shape, self._initial_digest, settings.statistics)
 
     @cached_property
     def _initial_digest(self) -> str:
@@ -101,7 +107,7 @@ class Clients:
             with progress(len(self.shards), "statistics", "client", delay=1) as bar:
                 found = []
                 for client, shard in enumerate(self.shards):
-                    found.append(self._sum_features(self.statistics_key(client, features), shard, features))
+                    found.append(self._sum_features(client, shard, features))
                     bar.update(1)
             self._statistics[features] = found
         return self._statistics[features]
@@ -110,20 +116,32 @@ class Clients:
     def _statistics(self) -> dict[Features, list[Statistics]]:
         return {}
 
-    def _sum_features(self, key: str, rows: Tensor, features: Features) -> Statistics:
-        """Return the sums over these images of the training split, from the store or computed now."""
+    def _sum_features(self, client: int | None, rows: Tensor, features: Features) -> Statistics:
+        """Return the sums over these images of the training split, from the store or computed now.
+
+        client: whose images these are, None for those of all.
+        """
         path, shard = "statistics.safetensors", self.task.train.subset(rows)
-        classes, width = features.shape.num_classes, features.width
+        sizes = "stored statistics", features.shape.num_classes, features.width
+        who = "one that holds all images" if client is None else f"client {client}"
 
         def read(folder: Path) -> Statistics:
             sums = Statistics.from_arrays(read_tensors(folder / path))
-            return sums.checked("stored statistics", classes, width, len(rows))
+            if features.noise:
+                return sums.checked_noisy(*sizes, len(rows), features.noise)
+            kept = large_classes(shard, features.smallest, who) if features.smallest else shard
+            return sums.checked(*sizes, len(kept))
+
+        def make() -> Statistics:
+            seed = self.settings.seed if self.noise_seed is None else self.noise_seed
+            rng = make_rng(seed, "noise of sums", client, features.model_dump_json())
+            return sent_statistics(self.initial, shard, features, rng, who)
 
         return self.store.get(
             "statistics",
-            key,
+            self.statistics_key(client, features),
             read=read,
-            make=lambda: feature_statistics([self.initial], shard, features.tokens, features.views),
+            make=make,
             write=lambda sums, folder: write_tensors(sums.to_arrays(), folder / path),
         )
 
@@ -135,13 +153,20 @@ class Clients:
         if len(todo) > 1 and spreads():
             todo.sort(key=lambda k: -len(self.shards[k]))  # the longest first
             with progress(len(todo), "clients", "client") as bar:
-                for _ in parallel(partial(_train_in_worker, self.settings, self.store.root), todo):
+                for _ in parallel(
+                    partial(_train_in_worker, self.settings, self.store.root, self.noise_seed), todo
+                ):
                     bar.update(1)
         return self._train([self._client(k) for k in names], self.upload_key, "clients")
 
     def train(self, client: int) -> Upload:
         """Train one client, unless the store has its upload; return the upload with its class histogram."""
         return self._train([self._client(client)], self.upload_key, "client")[0]
+
+    def check_noise(self) -> None:
+        """Raise BadInput, before any work, where no noise of training gives the wanted ε."""
+        for shard in self.shards:
+            training_noise(len(shard), local_steps(len(shard), self.settings.client), self.settings.client)
 
     def _client(self, client: int) -> tuple[int, Tensor, ModelSettings]:
         return client, self.shards[client], self.settings.model_of(client)
@@ -204,6 +229,7 @@ class Clients:
                         name=model.name,
                         seed=self.settings.seed,
                         progress=bar.update,
+                        noise_seed=self.noise_seed,
                     )
 
                 uploads.append(
@@ -219,6 +245,7 @@ class Clients:
     def statistics_key(self, client: int | None, features: Features) -> str:
         """Return the address of a client's statistics in the store; None: of those of all images."""
         who = [] if client is None else [self.settings.partition.model_dump(), client]
+        who += ["secret noise"] if features.noise and self.noise_seed is not None else []
         told = features.model_dump_json()
         return fingerprint("statistics", self.settings.seed, *self._data_inputs, told, *who)
 
@@ -242,6 +269,8 @@ class Clients:
             model.model_dump(),
             weights_digest(model),
         ]
+        if s.client.dp_epsilon is not None and self.noise_seed is not None:
+            inputs += ["secret noise"]  # one that only the settings' seed made is not sent in its place
         return inputs if model == s.model else [*inputs, s.model.model_dump()]  # it fixes the images
 
     @property
@@ -253,41 +282,44 @@ class Clients:
     def uploads_for(self, method: Method | str) -> list[Upload]:
         """Return what every client sends for a method: weights, class histogram, statistics, as it needs."""
         record = find(method) if isinstance(method, str) else method
-        counted = record.needs_counts_under(self.settings)
+        counted = record.needs_counts_under(self.settings) or record.given == "central"
         if record.given == "central":
             found = (
                 [self.central_upload] if record.needs_weights else [self._bare_upload(0, self._everything)]
             )
         elif record.needs_weights:
-            found = self.counted_uploads if counted else [u.without_counts() for u in self.counted_uploads]
+            found = self.counted_uploads
         else:
             found = [self._bare_upload(k, shard) for k, shard in enumerate(self.shards)]
-        if not record.needs_statistics_under(self.settings):
-            return found
-        features = self.features_of(record.adapted(self.settings))
-        if record.given == "central":
-            sums = [self._sum_features(self.statistics_key(None, features), self._everything, features)]
-        else:
-            sums = self.statistics_of(features)
-        return [u.with_statistics(s, features) for u, s in zip(found, sums, strict=True)]
+        if record.needs_statistics_under(self.settings):
+            features = self.features_of(record.adapted(self.settings))
+            if record.given == "central":
+                sums = [self._sum_features(None, self._everything, features)]
+            else:
+                sums = self.statistics_of(features)
+            found = [u.with_statistics(s, features) for u, s in zip(found, sums, strict=True)]
+        return [self._as_sent(upload, counted) for upload in found]
 
     def upload_for(self, method: Method, client: int) -> Upload:
         """Return what one client sends for a method; no other client is trained."""
         if method.needs_weights:
             upload = self.train(client)
-            upload = upload if method.needs_counts_under(self.settings) else upload.without_counts()
         else:
             upload = self._bare_upload(client, self.shards[client])
         if method.needs_statistics_under(self.settings):
             features = self.features_of(method.adapted(self.settings))
-            sums = self._sum_features(self.statistics_key(client, features), self.shards[client], features)
+            sums = self._sum_features(client, self.shards[client], features)
             upload = upload.with_statistics(sums, features)
-        return upload.checked()
+        return self._as_sent(upload, method.needs_counts_under(self.settings)).checked()
+
+    def _as_sent(self, upload: Upload, counted: bool) -> Upload:
+        """Return an upload with what it tells of its class counts."""
+        return told_counts(upload, counted, self.settings.statistics.smallest)
 
     def _bare_upload(self, client: int, rows: Tensor) -> Upload:
         """Return an upload without weights, to which statistics are added."""
         return Upload(client, len(rows), self.features.shape, None)
 
 
-def _train_in_worker(settings: Settings, store: Path, client: int) -> None:
-    Clients(settings, store).train(client)
+def _train_in_worker(settings: Settings, store: Path, noise_seed: int | None, client: int) -> None:
+    Clients(settings, store, noise_seed).train(client)

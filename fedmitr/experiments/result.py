@@ -7,7 +7,7 @@ from types import CodeType
 from typing import Any
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from ..core.machine import uses_bf16
@@ -22,7 +22,8 @@ class Result(BaseModel):
 
     The account: exchanges between clients and server; bytes of all messages up and down; synthetic
     images that the student learned from and the steps it took; floating-point operations of the
-    reported model on one image; seconds of every stage, as measured when it was made.
+    reported model on one image; seconds of every stage, as measured when it was made. epsilon, delta: of the
+    differential privacy of what clients sent (`upload.privacy`), None, and not written, without it.
     """
 
     run_id: str
@@ -43,6 +44,8 @@ class Result(BaseModel):
     synthetic_images: int
     student_steps: int
     inference_flops: int
+    epsilon: float | None = Field(default=None, exclude_if=lambda value: value is None)
+    delta: float | None = Field(default=None, exclude_if=lambda value: value is None)
     seconds: dict[str, float]
     settings: dict[str, Any]
     versions: dict[str, str | None]

@@ -21,6 +21,7 @@ from ..methods import Method, Outcome, check_methods, find
 from ..settings import Settings
 from ..settings.schema import ModelSettings
 from ..upload import Upload, wire_bytes
+from ..upload.privacy import epsilon
 from ..vision.stages import stage_blocks
 from ..vision.vit import weights_digest
 from .clients import Clients
@@ -34,6 +35,7 @@ class Experiment(Clients):
         """Raise BadInput, before any work, for all that can be wrong with settings, methods and uploads."""
         jobs()
         check_methods(methods, self.settings)
+        self.check_noise()
         for client in range(len(self.shards)):
             if self.store.has("uploads", self.upload_key(client)):  # damaged ones are refused now
                 self.store.read(
@@ -144,6 +146,7 @@ class Experiment(Clients):
             local_accuracies=local,
             best_local_accuracy=max(local, default=None),
             **self._account(find(method), outcome),
+            **self._privacy(find(method)),
             seconds=self._seconds(method, outcome),
             settings=s.model_dump(mode="json"),
             versions=versions(),
@@ -160,6 +163,22 @@ class Experiment(Clients):
             "upload_bytes": up,
             "download_bytes": self._shared_bytes(method, sent) if down is None else down,
         }
+
+    def _privacy(self, method: Method) -> dict[str, float]:
+        """Return ε and δ of what the method's clients send, of the client with the largest ε.
+
+        Empty without noise. Noise of weights and of sums of one client composes; δ is then the larger of both
+        settings.
+        """
+        sent = {
+            "weights": (self.settings.client, method.needs_weights),
+            "sums": (self.settings.statistics, method.needs_statistics_under(self.settings)),
+        }
+        deltas = [own.dp_delta for own, is_sent in sent.values() if is_sent and own.dp_epsilon is not None]
+        if not deltas:
+            return {}
+        found = [epsilon(upload.noises, max(deltas)) for upload in self.uploads_for(method)]
+        return {"epsilon": max(found), "delta": max(deltas)}
 
     def _shared_bytes(self, method: Method, uploads: Sequence[Upload]) -> int:
         """Count the bytes of the models that these clients were handed.

@@ -6,6 +6,7 @@ from .clients import scenes, shard_grid, shards, skew
 from .images import attention, curves, emerging, foreground, frame, generated, one_of_each, places, schedule
 from .labels import overview, token_labels
 from .methods import comparison, weights
+from .privacy import accuracy_against_epsilon
 from .scale import projection, scaling
 from .study import across_grounds, cell_differences, forest, tradeoffs
 from .style import save, show
@@ -14,6 +15,7 @@ from .transfer import pretraining
 from .why import errors, toy
 
 __all__ = [
+    "accuracy_against_epsilon",
     "across_grounds",
     "attention",
     "bars",

@@ -12,6 +12,7 @@ in a notebook, call `register` with a record.
 
 from importlib import import_module
 
+from ._checks import check_methods
 from ._method import (
     FAMILIES,
     METHODS,
@@ -21,7 +22,6 @@ from ._method import (
     Search,
     Work,
     add,
-    check_methods,
     described,
     dotted,
     find,

@@ -19,7 +19,7 @@ from ..core.store import Store
 from ..server.synthetic import SyntheticSet
 from ..settings import Settings, SettingsBlock, add_block, defaults
 from ..settings.schema import InversionSettings
-from ..upload import Upload, check_statistics, check_weights
+from ..upload import Upload, check_noise, check_statistics, check_weights
 
 Given = Literal["uploads", "clients", "stages", "central", "images"]
 Family = Literal["average", "statistics", "synthetic images", "fusion", "reference"]
@@ -154,14 +154,16 @@ class Method:
     def admitted(self, uploads: Sequence[Upload], settings: Settings) -> list[Upload]:
         """Return the uploads without statistics where the method needs none; BadInput for one without a part.
 
-        Statistics are checked, too: wrong ones would show in the head alone. Class histograms are missed by
-        what reads them.
+        Statistics are checked, too: wrong ones would show in the head alone. So is the noise that uploads
+        declare (`check_noise`). Class histograms are missed by what reads them.
         """
         if self.needs_weights:
             check_weights(uploads)
+            check_noise(uploads, "client", settings.client)
         if not self.needs_statistics_under(settings):
             return [u if u.statistics is None else u.without_statistics() for u in uploads]
         check_statistics(uploads)
+        check_noise(uploads, "statistics", settings.statistics)
         return [upload.checked() for upload in uploads]
 
     def adapted(self, settings: Settings) -> Settings:
@@ -313,24 +315,3 @@ def in_order(names: Iterable[str]) -> list[str]:
         return FAMILIES.index(described(name).family), registered
 
     return sorted(dict.fromkeys(names), key=rank)
-
-
-def check_methods(names: Iterable[str], settings: Settings) -> None:
-    """Raise BadInput for an unknown method, and for one that cannot run under these settings.
-
-    Some need one architecture where clients differ; some read settings otherwise (`adapt`), and those must
-    fit, too.
-    """
-    methods = [find(name) for name in names]
-    for method in methods:
-        method.adapted(settings)  # BadInput where its own reading of the settings cannot work
-    if not settings.mixed:
-        return
-    differ = f"client.models={list(settings.client.models)} differ from model.name={settings.model.name!r}"
-    for method in methods:
-        if method.averages:
-            raise BadInput(f"method={method.name!r} needs clients of one architecture: {differ}")
-        if method.work_under(settings).student_steps and settings.distill.start == "average":
-            raise BadInput(
-                f"distill.start='average' needs clients of one architecture: {differ}; allowed is 'initial'"
-            )

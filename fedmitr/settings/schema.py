@@ -4,45 +4,26 @@
 (`methods.register`). Profiles set what differs from these defaults.
 """
 
-from collections.abc import Collection
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from .base import (
+    Beta,
+    Count,
+    FeatureTokens,
+    NotNegative,
+    OpenShare,
+    Positive,
+    Precision,
+    SettingsBlock,
+    Share,
+    precision_of,
+    setting,
+)
 
 # Number of classes by task.name, None where they are counted in the folder. `data.register` adds to it.
 TASKS: dict[str, int | None] = {"digits": 10, "digits-plain": 10}
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-OpenShare = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
-Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Precision = Literal["auto", "fp32", "bf16"]
-FeatureTokens = Literal["cls", "patches", "both", "regions"]  # as `vision.features.image_features` reads them
-
-
-def setting(
-    default: Any, meaning: str, source: str = "ours", choices: Collection[str] = (), **limits: Any
-) -> Any:
-    """Make a field of a block with its default, meaning and the source of the default.
-
-    choices: the allowed names where the type does not have them, because more can be registered.
-    limits: pydantic's gt, ge, lt, le.
-    """
-    extra = {"source": source, "choices": choices}
-    return Field(default, description=meaning, json_schema_extra=extra, **limits)
-
-
-class SettingsBlock(BaseModel):
-    """A group of settings; unknown names and values out of range are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
-
-
-def precision_of(what: str) -> Any:
-    """Make the field for the precision of a stage's matrix products."""
-    return setting("fp32", f"precision of matrix products in {what}; auto: bf16 where the hardware has it")
 
 
 class TaskSettings(SettingsBlock):
@@ -141,6 +122,16 @@ class ClientSettings(SettingsBlock):
         0.0, "weight μ of (μ/2)‖w − w_shared‖² in the local loss; 0: plain training", "Li et al. 2020"
     )
     precision: Precision = precision_of("local training")
+    dp_epsilon: Positive | None = setting(
+        None,
+        "ε of the differential privacy of a client's weights: its training becomes DP-SGD, which needs "
+        "fedmitr[privacy]; none: plain training",
+        later=True,
+    )
+    dp_delta: OpenShare = setting(1e-5, "δ beside dp_epsilon; less than 1 / n_k", "choice", later=True)
+    dp_clip: Positive = setting(
+        1.0, "largest norm of one image's gradient in DP-SGD; longer ones are scaled down to it", later=True
+    )
 
 
 class StatisticsSettings(SettingsBlock):
@@ -164,6 +155,25 @@ class StatisticsSettings(SettingsBlock):
     )
     weight: NotNegative = setting(
         10.0, "β, weight of the ridge scores beside the ensemble's log-probabilities", "ours"
+    )
+    smallest: int = setting(
+        0,
+        "fewest images of a class that a client tells of: smaller classes are left out of its sums and its "
+        "class histogram, not of its weights; with dp_epsilon, noisy counts decide",
+        later=True,
+        ge=0,
+    )
+    dp_epsilon: Positive | None = setting(
+        None,
+        "ε of the differential privacy of a client's sums and counts: Gaussian noise on them, which needs "
+        "fedmitr[privacy]; none: no noise",
+        later=True,
+    )
+    dp_delta: OpenShare = setting(1e-5, "δ beside dp_epsilon; less than 1 / n_k", "choice", later=True)
+    dp_clip: Positive = setting(
+        0.5,
+        "largest norm of an image's features with dp_epsilon, in units of √D; longer ones are scaled down",
+        later=True,
     )
 
 

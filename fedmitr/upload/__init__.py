@@ -8,12 +8,14 @@ from .message import (
     STATISTICS,
     WEIGHTS,
     Upload,
+    check_noise,
     check_same_images,
     check_same_shape,
     check_statistics,
     check_weights,
     declared_width,
 )
+from .privacy import Noise
 from .statistics import Statistics, add_up, expected_arrays
 
 __all__ = [
@@ -24,12 +26,14 @@ __all__ = [
     "Card",
     "Features",
     "ModelShape",
+    "Noise",
     "SealedCard",
     "Statistics",
     "Upload",
     "add_up",
     "check_arrays",
     "check_card",
+    "check_noise",
     "check_same_images",
     "check_same_shape",
     "check_statistics",

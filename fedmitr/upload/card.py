@@ -8,9 +8,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..core.errors import BadInput
-from ..settings.schema import FeatureTokens
+from ..settings.schema import FeatureTokens, StatisticsSettings
 from ..vision.features import feature_width
 from ..vision.vit import create_vit
+from .privacy import Noise, noise_multiplier
 
 MOST_CLASSES, MOST_PIXELS, MOST_CHANNELS = 100_000, 2**15, 2**12  # of a model that is built
 
@@ -56,7 +57,8 @@ class Features(BaseModel):
     """What the statistics of an upload are sums of: tokens of the shared model, which all clients were sent.
 
     shape and weights identify that model; weights is `weights_digest` of its settings. views: moved copies
-    of each image that count beside it; a card does not mention none.
+    of each image that count beside it. smallest: classes with fewer images are left out. noise: what is added
+    to the sums, of features that are clipped. A card does not mention any of the three where there is none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,6 +66,27 @@ class Features(BaseModel):
     weights: str = Field(max_length=200)
     tokens: FeatureTokens
     views: int = Field(default=0, strict=True, ge=0, le=100, exclude_if=lambda views: views == 0)
+    smallest: int = Field(default=0, strict=True, ge=0, exclude_if=lambda smallest: smallest == 0)
+    noise: Noise | None = Field(default=None, exclude_if=lambda noise: noise is None)
+
+    @classmethod
+    def under(cls, shape: ModelShape, weights: str, settings: StatisticsSettings) -> "Features":
+        """Return what statistics are sums of under these settings, with noise calibrated to their ε and δ.
+
+        Raises BadInput as `noise_multiplier`.
+        """
+        own = cls(
+            shape=shape,
+            weights=weights,
+            tokens=settings.tokens,
+            views=settings.views,
+            smallest=settings.smallest,
+        )
+        if settings.dp_epsilon is None:
+            return own
+        multiplier = noise_multiplier("statistics.dp_epsilon", settings.dp_epsilon, settings.dp_delta)
+        noise = Noise(clip=settings.dp_clip * own.width**0.5, multiplier=multiplier)
+        return own.model_copy(update={"noise": noise})
 
     @property
     def width(self) -> int:
@@ -72,6 +95,9 @@ class Features(BaseModel):
 
     def __str__(self) -> str:
         views = f" with views={self.views}" if self.views else ""
+        views += f", smallest={self.smallest}" if self.smallest else ""
+        if self.noise:
+            views += f", noise of multiplier {self.noise.multiplier:.4g} at norm {self.noise.clip:.4g}"
         return f"tokens={self.tokens!r}{views} of {self.shape.name!r} with weights {self.weights[:12]!r}"
 
 
@@ -79,7 +105,8 @@ class Card(BaseModel):
     """The metadata of an upload: client number, n_k, model shape and, if sent, c_k; which parts are sent.
 
     weights: whether weights are sent; without them, shape is that of the shared model. features: what the
-    statistics are sums of, None where none are sent. A card of weights alone does not mention either.
+    statistics are sums of, None where none are sent. training: the noise of DP-SGD, None for plain training.
+    A card of weights alone does not mention any of these.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -89,6 +116,7 @@ class Card(BaseModel):
     class_counts: tuple[StrictInt, ...] | None = None  # c_k
     weights: bool = Field(default=True, strict=True, exclude_if=lambda sent: sent)
     features: Features | None = Field(default=None, exclude_if=lambda features: features is None)
+    training: Noise | None = Field(default=None, exclude_if=lambda training: training is None)
 
     @property
     def bytes(self) -> int:

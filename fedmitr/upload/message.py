@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import ValidationError
@@ -20,8 +21,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..core.errors import BadInput
+from ..settings.schema import ClientSettings, StatisticsSettings
 from .arrays import check_arrays, compare_arrays
 from .card import Card, Features, ModelShape, SealedCard, check_card
+from .privacy import Noise, epsilon
 from .statistics import Statistics, expected_arrays
 
 WEIGHTS, STATISTICS, CARD = "weights.safetensors", "statistics.safetensors", "upload.json"
@@ -35,7 +38,7 @@ class Upload:
     """One client's message: its number, n_k, and what the method needs: weights, c_k, sums of features.
 
     weights is None where statistics are sent alone. features says what the statistics are sums of; both are
-    None where none are sent.
+    None where none are sent. training is the noise of DP-SGD, None where the weights are trained without.
     """
 
     client: int
@@ -45,6 +48,7 @@ class Upload:
     class_counts: tuple[int, ...] | None = None
     statistics: Statistics | None = None
     features: Features | None = None
+    training: Noise | None = None
 
     @property
     def card(self) -> Card:
@@ -56,7 +60,13 @@ class Upload:
             class_counts=self.class_counts,
             weights=self.weights is not None,
             features=self.features,
+            training=self.training,
         )
+
+    @property
+    def noises(self) -> list[Noise]:
+        """The noise of what is sent: of the weights' training, and of the sums, as far as there is any."""
+        return [n for n in (self.training, self.features and self.features.noise) if n is not None]
 
     @property
     def parts(self) -> dict[str, dict[str, Tensor]]:
@@ -134,7 +144,14 @@ class Upload:
             sums = _read_arrays(who, folder / STATISTICS, wanted, "statistics:")
             statistics = Statistics.from_arrays(sums)
         upload = cls(
-            card.client, card.size, card.shape, weights, card.class_counts, statistics, card.features
+            card.client,
+            card.size,
+            card.shape,
+            weights,
+            card.class_counts,
+            statistics,
+            card.features,
+            card.training,
         )
         if upload.digest != card.sha256:
             names = " and ".join([*upload.parts, CARD])
@@ -151,15 +168,23 @@ class Upload:
         if self.weights is not None:
             check_arrays(who, self.weights, _arrays_of(who, self.shape))
         counts, classes = self.class_counts, self.shape.num_classes
-        if counts is not None and (len(counts) != classes or sum(counts) != self.size or min(counts) < 0):
+        noise = self.features.noise if self.features else None
+        if counts is not None and (
+            len(counts) != classes or min(counts) < 0 or (sum(counts) != self.size and not noise)
+        ):
             told = f"class_counts={list(counts)}" if len(counts) <= 20 else f"{len(counts)} class_counts"
             raise BadInput(f"{who}: {told} must be {classes} counts that sum to {self.size}")
         if (self.statistics is None) != (self.features is None):
             raise BadInput(f"{who}: statistics come with the features that they are sums of, or not at all")
         if self.statistics is not None:
             check_card(who, self.card)
-            self.statistics.checked(who, classes, declared_width(who, self.features), self.size)
-            if counts is not None and self.statistics.counts.tolist() != list(counts):
+            width = declared_width(who, self.features)
+            if noise:
+                self.statistics.checked_noisy(who, classes, width, self.size, noise)
+            else:
+                self.statistics.checked(who, classes, width, self.size)
+            told = self.statistics.counts.clamp(min=0) if noise else self.statistics.counts
+            if counts is not None and told.tolist() != list(counts):
                 raise BadInput(f"{who}: statistics: counts differ from class_counts={list(counts)[:20]}")
         return self
 
@@ -279,3 +304,24 @@ def check_statistics(uploads: Iterable[Upload]) -> None:
     for upload in uploads:
         if upload.statistics is None:
             raise BadInput(f"upload of client {upload.client} has no statistics: the method needs them")
+
+
+def check_noise(
+    uploads: Iterable[Upload],
+    block: Literal["client", "statistics"],
+    settings: ClientSettings | StatisticsSettings,
+) -> None:
+    """Raise BadInput for an upload that declares noise unasked, or less of it than the settings ask for.
+
+    block: "client" for the noise of training, "statistics" for that of the sums; settings: that block's. What
+    is declared is believed: no server can see how much noise there is.
+    """
+    wanted, asked = settings.dp_epsilon, f"{block}.dp_epsilon={settings.dp_epsilon}"
+    for upload in uploads:
+        noise = upload.training if block == "client" else upload.features and upload.features.noise
+        part = f"upload of client {upload.client}: its {'training' if block == 'client' else 'sums'}"
+        if (noise is None) != (wanted is None):
+            says, asks = ("no noise", "some") if noise is None else ("noise", "none")
+            raise BadInput(f"{part} declares {says}, {asked} asks for {asks}")
+        if noise and (found := epsilon([noise], settings.dp_delta)) > wanted * (1 + 1e-6):
+            raise BadInput(f"{part} declares noise of ε={found:.4g}, {asked} asks for more noise")

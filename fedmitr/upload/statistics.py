@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from ..core.errors import BadInput
+from .privacy import Noise, sums_noise
 
 TOLERANCE = 1e-8  # of the Gram matrix's trace: how far rounding may push an eigenvalue below zero
 LARGEST = 1e100  # of a sum, so that squares of sums of many clients stay finite
+UNLIKELY = 8  # deviations of declared noise that no honest client sees
 
 
 @dataclass(frozen=True)
@@ -79,23 +81,54 @@ class Statistics:
         self.check_scatter(who)
         return self
 
+    def checked_noisy(self, who: str, num_classes: int, width: int, size: int, noise: Noise) -> "Statistics":
+        """Return the sums themselves; BadInput, naming the sender, where declared noise cannot explain them.
+
+        Noise makes counts negative and matrices indefinite, so what `checked` asks of exact sums does not
+        hold. Asked is, with the deviations of `sums_noise` and features of norm C at most: counts lie in
+        [0, n_k], the Gram matrix has a trace of at most n_k C² and no eigenvalue below zero, but for noise.
+        The eigenvalues of the noise lie within ±σ√(2D) (Wigner's semicircle).
+        """
+        self.check_numbers(who, num_classes, width)
+        at, told = sums_noise(noise), f"{who}: statistics: "
+        most = UNLIKELY * at.counts + 1  # counts are rounded
+        if self.counts.max() > size + most or self.counts.min() < -most:
+            raise BadInput(
+                f"{told}counts={_first(self.counts)} are beyond its size {size} and declared noise"
+            )
+        trace = float(self.gram.diagonal().sum())
+        if trace > size * noise.clip**2 * (1 + 1e-6) + UNLIKELY * at.gram * width**0.5:
+            raise BadInput(f"{told}gram is of features longer than {noise.clip:.4g} and of declared noise")
+        if torch.linalg.eigvalsh(self.gram)[0] < -at.gram * (2 * (2 * width) ** 0.5 + UNLIKELY):
+            raise BadInput(f"{told}gram is farther from positive semi-definite than declared noise explains")
+        return self
+
     def check_sums(self, who: str, num_classes: int, width: int, size: int) -> None:
         """Raise BadInput, naming the sender, unless the sums are of `size` images, classes and features.
 
-        They have the types and shapes of `expected_shapes` and no number is beyond `LARGEST`; counts are not
-        negative and sum to `size`; a class without images has no sum; the Gram matrix is symmetric.
+        Beyond what `check_numbers` asks, counts are not negative and sum to `size`, and a class without
+        images has no sum.
         """
-        check_shapes(who, vars(self), expected_shapes(num_classes, width))
+        self.check_numbers(who, num_classes, width)
         counts, told = self.counts, f"{who}: statistics: "
         if counts.min() < 0:
             raise BadInput(f"{told}counts={_first(counts)} hold a negative count: allowed are 0 and more")
         if (total := sum(counts.tolist())) != size:  # Python's integers do not wrap around
             raise BadInput(f"{told}counts={_first(counts)} sum to {total}, its size is {size}")
+        if self.sums[counts == 0].any():
+            raise BadInput(f"{told}sums of a class without images are not zero")
+
+    def check_numbers(self, who: str, num_classes: int, width: int) -> None:
+        """Raise BadInput, naming the sender, for sums that can be no sums of these classes and features.
+
+        They have the types and shapes of `expected_shapes`, no number is beyond `LARGEST`, and the Gram
+        matrix is symmetric.
+        """
+        check_shapes(who, vars(self), expected_shapes(num_classes, width))
+        told = f"{who}: statistics: "
         for name in ("sums", "gram"):
             if not (getattr(self, name).abs() <= LARGEST).all():
                 raise BadInput(f"{told}{name} holds NaN, Inf or numbers beyond {LARGEST:g}")
-        if self.sums[counts == 0].any():
-            raise BadInput(f"{told}sums of a class without images are not zero")
         if not torch.equal(self.gram, self.gram.T):
             raise BadInput(f"{told}gram is not symmetric")
 

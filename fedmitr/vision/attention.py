@@ -27,11 +27,12 @@ def run_blocks(blocks: Sequence[Block], tokens: Tensor, rows: int | None = None)
 
 def _run(block: Block, tokens: Tensor, rows: int | None = None) -> Tensor:
     """Run one block on tokens (B, L, d): timm's own forward unless a cheaper way gives the same."""
-    if rows is None or rows == tokens.shape[1]:
+    if (rows is None or rows == tokens.shape[1]) and not _per_sample(tokens):
         if not _explicit(block.attn, tokens):
             return block(tokens)
         mixed, skip = _mix_all(block.attn, block.norm1(tokens)), tokens
     else:
+        rows = tokens.shape[1] if rows is None else rows
         mixed, skip = _mix_rows(block.attn, block.norm1(tokens), rows), tokens[:, :rows]
     tokens = skip + block.drop_path1(block.ls1(mixed))  # x + Attention(LN(x))
     return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))  # x + MLP(LN(x))
@@ -81,6 +82,11 @@ def _explicit(attention: Attention, tokens: Tensor) -> bool:
     plain = isinstance(attention.q_norm, torch.nn.Identity)
     dropped = attention.training and attention.attn_drop.p > 0
     return plain and not dropped and tokens.device.type == "cpu" and tokens.shape[1] <= SHORT
+
+
+def _per_sample(tokens: Tensor) -> bool:
+    """Whether torch.func maps over images, as DP-SGD does: it knows the plain products alone."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tokens)
 
 
 class _Products(torch.autograd.Function):

@@ -24,5 +24,5 @@ def first(store):
 @pytest.fixture
 def no_work(forbid):
     """Every stage fails if it is run."""
-    forbid(clients, "train_client", "feature_statistics")
+    forbid(clients, "train_client", "sent_statistics")
     forbid(pipeline, "invert", "distill")

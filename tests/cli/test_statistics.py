@@ -50,7 +50,7 @@ def test_any_skew_and_number_of_clients_is_one_number(tmp_path, nobody_trains):
 
 def test_a_second_run_sums_nothing_anew(tmp_path, nobody_trains, forbid):
     first = read_cli(*RUN, "--json", "--store", tmp_path)
-    forbid(clients, "feature_statistics")
+    forbid(clients, "sent_statistics")
     assert read_cli(*RUN, "--json", "--store", tmp_path) == first
     other = read_cli(*RUN, "--set", "statistics.ridge=10", "--json", "--store", tmp_path)
     assert other["run_id"] != first["run_id"]

@@ -29,7 +29,7 @@ def results(these):
 @pytest.fixture
 def no_work(forbid):
     """Whatever trains, sums features, inverts or distils for one exchange fails."""
-    forbid(clients, "train_client", "feature_statistics")
+    forbid(clients, "train_client", "sent_statistics")
     forbid(FusionClient, "_train")
     for method, name in [("fedmitr", "invert"), ("fedmitr", "distill"), ("fadi", "invert")]:
         forbid(importlib.import_module(f"fedmitr.methods.{method}"), name)

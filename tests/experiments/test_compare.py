@@ -111,7 +111,7 @@ def test_what_cannot_work_is_found_before_anything_is_trained(
     method, change, name, tmp_path, monkeypatch, forbid, one_line
 ):
     monkeypatch.setenv("FEDMITR_JOBS", "1")
-    forbid(made, "train_client", "feature_statistics")
+    forbid(made, "train_client", "sent_statistics")
     settings = [Settings.load("smoke"), Settings.load("smoke", {"seed": 1, **change})]
     with pytest.raises(BadInput) as error:
         module.compare([method], settings, tmp_path)

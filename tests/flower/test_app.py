@@ -76,6 +76,42 @@ def test_clients_with_models_of_their_own_give_the_model_of_a_run(swapped, nodes
     assert same_weights(outcome.models[0].state_dict(), expected.state_dict())
 
 
+@pytest.mark.parametrize("method", ["ridge", "fedmitr_plus"])
+def test_noise_is_drawn_by_the_client_and_sent_again_as_it_was(method, nodes, config):
+    """The server knows the seed of everything else; what a client has sent once spends nothing anew."""
+    pytest.importorskip("opacus")
+    private = SET + " client.dp_epsilon=20 statistics.dp_epsilon=5"
+    sent = []
+    for folder in ("one", "two"):
+        store = str(Path(config["store"]) / folder)
+        serve(Loopback(nodes), config | {"method": method, "set": private, "store": store})
+        (kept,) = Path(store, "received").iterdir()
+        sent.append([fm.Upload.load(kept / f"client{k}") for k in range(3)])
+    assert [u.digest for u in sent[0]] == [u.digest for u in sent[1]]
+    settings = fm.Settings.load("smoke", dict(map(parse_assignment, private.split())) | {"seed": 3}, method)
+    guessed = fm.Experiment(settings, config["store"]).uploads_for(method)  # from the seed alone
+    for own, other in zip(sent[0], guessed, strict=True):
+        assert own.noises == other.noises and own.features == other.features
+        assert not torch.equal(own.statistics.gram, other.statistics.gram)
+        if own.weights:
+            assert not torch.equal(own.weights["head.weight"], other.weights["head.weight"])
+
+
+def test_an_upload_that_lacks_the_noise_is_refused(nodes, config, capfd):
+    pytest.importorskip("opacus")
+
+    def hide(node, reply):
+        if node == 33:
+            for name in [n for n in reply.content["card"] if n.startswith("features.noise")]:
+                del reply.content["card"][name]
+        return reply
+
+    private = SET + " statistics.dp_epsilon=5"
+    serve(Loopback(nodes, spoil=hide), config | {"method": "ridge", "set": private})
+    told = capfd.readouterr().err
+    assert "rejected: upload of client 1: its statistics are of" in told and "missing: 1\n" in told
+
+
 @pytest.mark.parametrize("method, counted", [("fedavg", False), ("fedftg", True)])
 def test_the_class_histogram_crosses_only_where_it_is_needed(method, counted, nodes, config):
     plain = SET + " ensemble.mode=size inversion.teacher=ensemble fedftg.generator_steps=1 fedftg.rounds=1"

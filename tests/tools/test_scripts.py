@@ -34,7 +34,45 @@ def load(name: str) -> ModuleType:
 
 def test_every_script_has_a_test():
     scripts = {path.stem for path in FOLDER.glob("*.py")}
-    assert scripts == {"flower_processes", "flower_run", "publish", "readme", "why"}
+    assert scripts == {"dp", "flower_processes", "flower_run", "publish", "readme", "why"}
+
+
+# dp.py
+
+
+def test_dp_writes_the_table_s_numbers_between_the_markers(tmp_path, monkeypatch):
+    script = load("dp")
+    rows = [
+        ("vit_micro", method, e, e, 1e-5, seed, base - (0 if np.isnan(e) else 0.3 / e) + 0.01 * seed)
+        for method, base in (("ridge", 0.9), ("fedmitr_plus", 0.8))
+        for e in (np.nan, 3.0, 10.0)
+        for seed in (0, 1)
+    ]
+    columns = ["start", "method", "epsilon", "spent", "delta", "seed", "accuracy"]
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "dp.csv", index=False)
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/privacy.md"):
+        (tmp_path / name).write_text("before\n<!-- dp: x -->\nold\n<!-- /dp -->\nafter\n")
+    monkeypatch.setattr(script, "home", lambda: tmp_path)
+    monkeypatch.setattr(script, "RUNS", tmp_path / "dp.csv")
+    script.main()
+    readme, page = ((tmp_path / name).read_text() for name in ("README.md", "docs/privacy.md"))
+    assert (
+        readme.startswith("before\n") and readme.endswith("\n<!-- /dp -->\nafter\n") and "old" not in readme
+    )
+    assert "ε = 3" in readme and "ridge 0.80 (0.91 without), FedMITR+ 0.70 (0.81 without)" in readme
+    assert "2 seeds" in readme and "start `vit_micro`" in readme
+    lines = page.splitlines()[2:6]
+    assert lines[0] == "| start | method | no protection | ε = 3 | ε = 10 |"
+    assert lines[2] == "| vit_micro | ridge | 0.905 ± 0.007 | 0.805 ± 0.007 | 0.875 ± 0.007 |"
+    assert lines[3].startswith("|  | FedMITR+ | 0.805 ± 0.007 |")
+
+
+def test_the_pages_that_ship_have_the_markers():
+    script = load("dp")
+    for name in ("README.md", "docs/privacy.md"):
+        text = (home() / name).read_text()
+        assert "new words" in script.fill(text, "new words") and len(script.BLOCK.findall(text)) == 1
 
 
 # readme.py

@@ -1,0 +1,1 @@
+"""What leaks from what clients send, and what protecting it costs."""

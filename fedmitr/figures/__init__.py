@@ -6,12 +6,10 @@ from .clients import scenes, shard_grid, shards, skew
 from .images import attention, curves, emerging, foreground, frame, generated, one_of_each, places, schedule
 from .labels import overview, token_labels
 from .methods import comparison, weights
-from .privacy import accuracy_against_epsilon
-from .scale import projection, scaling
 from .study import across_grounds, cell_differences, forest, tradeoffs
 from .style import save, show
 from .theory import drift, gaps, noise_parts, patch_gradients, variances
-from .transfer import pretraining
+from .trends import accuracy_against_epsilon, pretraining, projection, scaling
 from .why import errors, toy
 
 __all__ = [

@@ -13,7 +13,7 @@ from ..experiments.differences import REFERENCE
 from ..methods import described, in_order
 from .methods import _draw_key, _marker, _name_rows, _row_figure, _rows
 from .style import BLACK, SKY, VERMILLION, new_figure, styled
-from .transfer import spread
+from .trends import spread
 
 _NEAR = 0.02  # differences up to this are drawn to scale, larger ones on a logarithmic axis
 _TICKS = (0.01, 0.02, 0.1, 0.5)

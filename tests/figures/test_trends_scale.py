@@ -1,4 +1,4 @@
-"""scale.py: speed over workers, work and memory over clients."""
+"""trends.py: speed over workers, work and memory over clients."""
 
 import pandas as pd
 

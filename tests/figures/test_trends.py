@@ -1,4 +1,4 @@
-"""transfer.py: accuracy against the steps of pretraining, every line named."""
+"""trends.py: accuracy against the steps of pretraining, every line named."""
 
 from itertools import combinations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmitr.figures.transfer import pretraining, spread
+from fedmitr.figures.trends import pretraining, spread
 from fedmitr.methods import METHODS, described
 
 STEPS = (0, 100, 200, 400, 1000, 3600)

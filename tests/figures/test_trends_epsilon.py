@@ -1,4 +1,4 @@
-"""privacy.py: accuracy against ε, every run of the table in it."""
+"""trends.py: accuracy against ε, every run of the table in it."""
 
 import math
 

@@ -1,0 +1,160 @@
+"""How accuracy, time and memory change with one quantity: pretraining, ε, workers, clients."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.isotonic import isotonic_regression
+
+from ..methods import described
+from .accuracies import _COLORS
+from .style import BLACK, BLUE, ORANGE, VERMILLION, new_figure, styled
+
+_GAP = 0.055  # between the labels of lines, as a share of the axes' height
+_SIDE = 0.0075  # between the dots of two methods, as a share of the axes' width
+_BEYOND = 2.5  # between the largest ε and the place of no protection, as a factor
+_STYLES = ((BLACK, "o-"), (ORANGE, "s--"), (BLUE, "^-"))  # of the ways to make labels, in order
+
+
+@styled
+def pretraining(table: pd.DataFrame) -> Figure:
+    """Draw accuracy against pretraining steps: the mean of each method as a line, its seeds as dots.
+
+    table: what `experiments.transfer.transfer` returns. The scale of steps is linear up to the smallest above
+    zero, and logarithmic from there; lines of references are dashed.
+    """
+    figure = new_figure(8, 4.6)
+    axis = figure.subplots()
+    steps = sorted(table["steps"].unique())
+    least = min((s for s in steps if s > 0), default=1)
+    axis.set_xscale("symlog", linthresh=least, linscale=0.5)
+    axis.set(ylim=(0, 1.02), xlim=(steps[0] - 0.12 * least, 1.15 * steps[-1] + 0.12 * least))
+    axis.set_xticks(steps, [f"{s:,}" for s in steps])
+    axis.minorticks_off()
+    means = table.pivot_table(index="steps", columns="method", values="accuracy", sort=False).sort_index()
+    for number, method in enumerate(means):
+        color = _color(method)
+        style = "o--" if described(method).is_reference else "o-"
+        axis.plot(means.index, means[method], style, ms=4, lw=1.4, color=color, clip_on=False)
+        _draw_seeds(axis, table[table["method"] == method], _SIDE * (number - (len(means.columns) - 1) / 2))
+    _name_lines(axis, means)
+    axis.grid(axis="y", alpha=0.3)
+    axis.set(xlabel="steps of pretraining that the shared model had", title="Dashed: references")
+    axis.set(ylabel="validation accuracy: mean (line), each seed (dots)")
+    return figure
+
+
+def _color(method: str) -> str:
+    """Return the colour of a method, the same as that of its bar; grey for one without."""
+    return _COLORS.get(described(method).label, "#777777")
+
+
+def _draw_seeds(axis: Axes, runs: pd.DataFrame, aside: float) -> None:
+    """Draw one method's seeds as dots, beside their steps by a share of the axes' width."""
+    to_share = axis.transScale + axis.transLimits
+    at = to_share.transform(runs[["steps", "accuracy"]].to_numpy())[:, 0] + aside
+    color = _color(runs["method"].iloc[0])
+    across = axis.get_yaxis_transform()
+    axis.plot(at, runs["accuracy"], "o", ms=2.6, alpha=0.45, color=color, mew=0, transform=across)
+
+
+def _name_lines(axis: Axes, means: pd.DataFrame) -> None:
+    """Write the methods' labels to the right of their lines' ends, in that order, joined by thin lines."""
+    ends = means.iloc[-1]
+    low, high = axis.get_ylim()
+    rows = spread(ends, _GAP * (high - low), low, high)
+    last = (axis.transScale + axis.transLimits).transform((means.index[-1], 0))[0]
+    across = {"transform": axis.get_yaxis_transform(), "clip_on": False}
+    for method, end, row in zip(means, ends, rows, strict=True):
+        color = _color(method)
+        axis.plot([last, 1.04], [end, row], color=color, lw=0.6, alpha=0.6, zorder=0, **across)
+        axis.text(1.05, row, described(method).label, va="center", fontsize=9, color=color, **across)
+
+
+def spread(values: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
+    """Move values as little as possible so that they lie at least `gap` apart in [low, high].
+
+    Their order stays, so this is the least-squares fit of a rising sequence (isotonic regression).
+    """
+    order = np.argsort(values, kind="stable")
+    steps = gap * np.arange(len(order))
+    apart = isotonic_regression(np.asarray(values)[order] - steps, y_min=low, y_max=high - steps[-1]) + steps
+    moved = np.empty(len(order))
+    moved[order] = apart
+    return moved
+
+
+@styled
+def accuracy_against_epsilon(table: pd.DataFrame) -> Figure:
+    """Draw accuracy against ε, a panel for each start: each method's mean as a line, its seeds as dots.
+
+    table: what `privacy.cost.cost` returns. The scale of ε is logarithmic; runs without protection stand to
+    the right of it, not joined to the lines.
+    """
+    starts = list(dict.fromkeys(table["start"]))
+    figure = new_figure(1.6 + 4.6 * len(starts), 3.9)
+    axes = figure.subplots(1, len(starts), sharey=True, squeeze=False)[0]
+    largest = table["epsilon"].max()
+    ticks = sorted(table["epsilon"].dropna().unique())
+    right = _BEYOND * largest
+    for axis, start in zip(axes, starts, strict=True):
+        axis.set_xscale("log")
+        for method, runs in table[table["start"] == start].groupby("method", sort=False):
+            label = described(method).label
+            color = _color(method)
+            at = runs["epsilon"].fillna(right)
+            means = runs["accuracy"].groupby(at).mean()
+            lined = means[means.index <= largest]
+            axis.plot(lined.index, lined, "-", lw=1.4, color=color)
+            axis.plot(means.index, means, "o", ms=5, color=color, label=label)
+            axis.plot(at, runs["accuracy"], "o", ms=2.6, alpha=0.45, color=color, mew=0)
+        axis.axvline(right / _BEYOND**0.5, color="#bbbbbb", lw=0.8, ls=":")
+        axis.set_xticks([*ticks, right], [*(f"{tick:g}" for tick in ticks), "none"])
+        axis.minorticks_off()
+        axis.set(ylim=(0, 1.02), xlabel="ε of a client's upload", title=f"start {start}")
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].set_ylabel("test accuracy: mean (line), each seed (dots)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+    return figure
+
+
+@styled
+def scaling(table: pd.DataFrame) -> Figure:
+    """Draw seconds and speed-up over workers, from `experiments.scaling.strong_scaling`; dashed: perfect."""
+    figure = new_figure(8, 3.4)
+    time, gain = figure.subplots(1, 2)
+    workers, seconds = table["workers"], table["seconds"]
+    time.plot(workers, seconds, "o-", color=VERMILLION)
+    time.set(ylim=(0, None), title="The same batches", xlabel="workers (processes)", ylabel="seconds")
+    gain.plot(workers, workers / workers.iloc[0], "--", color=BLACK, lw=1, label="perfect")
+    gain.plot(workers, table["speed-up"], "o-", color=VERMILLION, label="measured")
+    gain.set(ylim=(0, None), title="Speed-up", xlabel="workers (processes)", ylabel="times as fast")
+    gain.legend(frameon=False)
+    for axis in (time, gain):
+        axis.set_xticks(workers)
+    return figure
+
+
+@styled
+def projection(table: pd.DataFrame) -> Figure:
+    """Draw the server's operations and memory over clients, one line for each way to make labels.
+
+    table: what `experiments.scaling.projection` returns.
+    """
+    figure = new_figure(9, 4.2)
+    axes = figure.subplots(1, 2)
+    styles = dict(zip(table["way"].unique(), _STYLES, strict=True))
+    for axis, column in zip(axes, ("server, TFLOP", "memory, GB"), strict=True):
+        for way, rows in table.groupby("way", sort=False):
+            color, style = styles[way]
+            axis.loglog(rows["clients"], rows[column], style, color=color, ms=4.5, lw=1.4, label=way)
+        axis.set(xlabel="clients K", ylabel=column)
+        axis.grid(alpha=0.3)
+    least, most = table["memory, GB"].min(), table["memory, GB"].max()
+    axes[1].set_ylim(least / 2, most * 2)
+    axes[0].set_title("Server's operations, computed")
+    axes[1].set_title("Most memory of a stage, computed")
+    axes[0].legend(title="who labels a view", frameon=False)
+    return figure

@@ -143,6 +143,10 @@ class Clients:
         """Train one client, unless the store has its upload; return the upload with its class histogram."""
         return self._train([self._client(client)], self.upload_key, "client")[0]
 
+    def seed_of(self, client: int) -> int:
+        """Return the seed of a client's own randomness: by default the run's. Audits draw it anew."""
+        return self.settings.seed
+
     def _client(self, client: int) -> tuple[int, Tensor, ModelSettings]:
         return client, self.shards[client], self.settings.model_of(client)
 
@@ -202,7 +206,7 @@ class Clients:
                         settings,
                         client=client,
                         name=model.name,
-                        seed=self.settings.seed,
+                        seed=self.seed_of(client),
                         progress=bar.update,
                     )
 

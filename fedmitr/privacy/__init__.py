@@ -1,0 +1,1 @@
+"""What uploads, sums of features, synthetic images and models give away: membership and reconstruction."""

@@ -8,6 +8,7 @@
 # make ablations   notebook 06's tables: every cell of results/ablations.yaml and fidelity.yaml, on three seeds
 # make transfer    notebook 06's figure: starts that were pretrained for fewer and fewer steps, on five seeds
 # make why         the table and figures of docs/why-it-works.md, on five seeds
+# make audit       notebook 08's tables: membership attacks over 64 shadow runs; about half an hour
 # make scale       notebook 09's table: up to 100 clients, and clients whose ViTs differ
 #
 # PYTHON=python3.12 picks the interpreter. On Linux, for the CPU build of torch:
@@ -27,13 +28,13 @@ SPREAD := -n auto --maxprocesses 4 --dist loadfile
 SITE := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-flower flower results publish ablations transfer why scale lint format weights clean
+.PHONY: help setup reproduce test test-flower flower results publish ablations transfer why audit scale lint format weights clean
 
 # A figure backend set for another program must not reach the notebooks.
 unexport MPLBACKEND
 
 help:
-	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | flower | publish | results | ablations | transfer | why | scale | lint | format | weights | clean"
+	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | flower | publish | results | ablations | transfer | why | audit | scale | lint | format | weights | clean"
 
 setup: $(STAMP)
 
@@ -102,6 +103,10 @@ transfer: setup
 
 why: setup
 	$(BIN)/python tools/why.py
+
+# Each shadow run is kept in the store, so an audit that was stopped goes on.
+audit: setup
+	$(BIN)/fedmitr audit
 
 # Trains the shared initial model again, the same after fewer steps, and the two for clients whose ViTs differ.
 weights: setup

@@ -25,7 +25,7 @@ ORDER = [
     {"methods"},
     {"evaluation"},
     {"experiments"},
-    {"study"},
+    {"study", "privacy"},  # neither knows the other
     {"figures"},
     {"flower_message"},
     {"cli", "flower_app"},

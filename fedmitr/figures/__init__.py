@@ -6,6 +6,7 @@ from .clients import scenes, shard_grid, shards, skew
 from .images import attention, curves, emerging, foreground, frame, generated, one_of_each, places, schedule
 from .labels import overview, token_labels
 from .methods import comparison, costs, weights
+from .privacy import leakage, neighbours, roc
 from .scale import projection, scaling
 from .study import across_grounds, cell_differences, forest, tradeoffs
 from .style import save, show
@@ -27,6 +28,8 @@ __all__ = [
     "forest",
     "frame",
     "generated",
+    "leakage",
+    "neighbours",
     "one_of_each",
     "overview",
     "panels",
@@ -34,6 +37,7 @@ __all__ = [
     "places",
     "pretraining",
     "projection",
+    "roc",
     "save",
     "scaling",
     "scenes",

@@ -136,12 +136,13 @@ def judge(name: str, observed: Observed) -> tuple[list[dict[str, object]], list[
 
 
 def attacks(observed: Observed, controlled: bool = False) -> list[Attack]:
-    """Return every attack on a target's scores.
+    """Return every attack on a target's scores; the first has one threshold for all, and no shadow runs.
 
     controlled: also LiRA on the image alone, without moved copies, beside what its Gaussians predict for it.
     """
     scores, member = observed.records, observed.member
-    found: list[Attack] = [("LiRA", lira(scores, member), member)]
+    found: list[Attack] = [("score alone", scores.mean(-1), member)]
+    found.append(("LiRA", lira(scores, member), member))
     found.append(("LiRA, offline", lira(scores, member, online=False), member))
     if observed.population is not None:
         found.append(("RMIA", rmia(scores, observed.population, member), member))

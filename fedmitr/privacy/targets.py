@@ -20,6 +20,7 @@ from ..methods import find
 from ..settings import Settings
 from ..upload import Features
 from ..vision.augment import warp
+from ..vision.features import FeatureClassifier
 from ..vision.tokens import images_at_once
 from .shadows import ShadowRun
 from .sums import believed, log_leverage, trace_score, view_features
@@ -85,11 +86,12 @@ def find_target(name: str) -> Target:
 
 
 def observe(run: ShadowRun, target: Target, others: Split) -> dict[str, Tensor]:
-    """Score the audited records of a run: `records` (n, Q) and, for models, `population` (m, Q).
+    """Score the audited records of a run: `records` (n, Q) and, for networks, `population` (m, Q).
 
     others: images that no run was trained on, with their labels. Of a model a score is `margins`; of class
     sums `trace_score`, with beliefs from `others`; of a Gram matrix −`log_leverage`; of synthetic images
-    `closeness`.
+    `closeness`. Scores of ridge regression are no probabilities, so RMIA, which compares probabilities with
+    those of a population, has nothing to go by there.
     """
     records = audited(run)
     if target.part in ("class sums", "Gram matrix"):
@@ -103,7 +105,9 @@ def observe(run: ShadowRun, target: Target, others: Split) -> dict[str, Tensor]:
         model = run.train(run.records.client).vit().to(device())
     else:
         model = run.outcome(target.method).models[0]
-    asked = {"records": records, "population": others}
+    asked = {"records": records}
+    if not isinstance(model, FeatureClassifier):
+        asked["population"] = others
     return {name: margins(model, split.images[:], split.labels) for name, split in asked.items()}
 
 

@@ -143,8 +143,8 @@ class Clients:
         """Train one client, unless the store has its upload; return the upload with its class histogram."""
         return self._train([self._client(client)], self.upload_key, "client")[0]
 
-    def seed_of(self, client: int) -> int:
-        """Return the seed of a client's own randomness: by default the run's. Audits draw it anew."""
+    def seed_of(self, client: int | None) -> int:
+        """Return the seed of a client's own randomness, the run's; `privacy.shadows` draws it anew."""
         return self.settings.seed
 
     def _client(self, client: int) -> tuple[int, Tensor, ModelSettings]:

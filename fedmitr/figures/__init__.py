@@ -2,11 +2,11 @@
 
 from . import widgets
 from .accuracies import bars, confidence, panels, per_class
+from .attacks import leakage, neighbours, roc
 from .clients import scenes, shard_grid, shards, skew
 from .images import attention, curves, emerging, foreground, frame, generated, one_of_each, places, schedule
 from .labels import overview, token_labels
 from .methods import comparison, costs, weights
-from .privacy import leakage, neighbours, roc
 from .scale import projection, scaling
 from .study import across_grounds, cell_differences, forest, tradeoffs
 from .style import save, show

@@ -61,28 +61,29 @@ def _moments(scores: np.ndarray, side: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def predicted(
-    scores: np.ndarray, member: np.ndarray, draws: int = 100, seed: int = 0
+    scores: np.ndarray, member: np.ndarray, draws: int = 20, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the online attack's scores, and who is a member, as LiRA's own model predicts them.
+    """Return the online attack's scores on runs that are as LiRA supposes, and who is a member of them.
 
-    φ is drawn from each record's two Gaussians, N(μ_in, σ_in²) and N(μ_out, σ_out²), `draws` times each,
-    and attacked with the same two. Where scores are Gaussian, the attack on real runs has this ROC, up to
-    the error of μ and σ. scores (R, n): one query, as queries depend on each other. Both arrays returned are
-    (2·draws, n).
+    Each record's scores are drawn from its two Gaussians, N(μ_in, σ_in²) in the runs with it and
+    N(μ_out, σ_out²) in the others, and the whole audit is attacked, `draws` times: as many runs, so the same
+    error of μ and σ. It is what the method predicts for scores that are Gaussian. scores (R, n): one query,
+    as queries of a record depend on each other. Both arrays returned are (draws·R, n).
     """
     check(scores[..., None], member)
-    moments = []
+    sides = []
     for side in (member, ~member):
         count = side.sum(0)  # (n,)
         mean = (scores * side).sum(0) / count
         squares = (np.square(scores - mean) * side).sum(0)
         pooled = len(scores) < OWN_VARIANCE
         variance = squares.sum() / (count - 1).sum() if pooled else squares / (count - 1)
-        moments.append((mean, np.sqrt(variance + FLOOR**2)))
-    rng = np.random.default_rng(derive_seed(seed, "predicted"))
-    drawn = np.concatenate([mean + std * rng.standard_normal((draws, len(mean))) for mean, std in moments])
-    ratio = norm.logpdf(drawn, *moments[0]) - norm.logpdf(drawn, *moments[1])
-    return ratio, np.repeat([True, False], draws)[:, None] & np.ones(scores.shape[1], bool)
+        sides.append((mean, np.sqrt(variance)))
+    rng, attacked = np.random.default_rng(derive_seed(seed, "predicted")), []
+    for _ in range(draws):
+        into, out = (mean + std * rng.standard_normal(scores.shape) for mean, std in sides)
+        attacked.append(lira(np.where(member, into, out)[..., None], member))
+    return np.concatenate(attacked), np.tile(member, (draws, 1))
 
 
 def rmia(scores: np.ndarray, population: np.ndarray, member: np.ndarray) -> np.ndarray:

@@ -142,7 +142,7 @@ class ShadowRun(Experiment):
         shards[self.records.client] = self.records.rows[self.member]
         return shards
 
-    def seed_of(self, client: int) -> int:
+    def seed_of(self, client: int | None) -> int:
         """Return the seed of a client's own randomness: another in every run for the audited one."""
         if client != self.records.client:
             return super().seed_of(client)

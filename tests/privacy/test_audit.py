@@ -34,15 +34,16 @@ def test_a_gram_matrix_of_fewer_images_than_features_names_them_without_any_shad
 
 
 def test_lira_on_an_overfitted_model_reaches_what_its_gaussians_predict(audit, store):
-    """The control: 60 passes over images as they are, until the mislabelled ones are learnt by heart."""
+    """Sixty passes over 45 images as they are: all of them are learnt by heart, wrong labels too."""
     many = {"client.epochs": 60, "client.augment": 0.0, "client.weight_decay": 0.0}
     observed = observed_runs(audit, Target("overfitted here", "control", "upload", overrides=many), store)
     found = {name: (scores, member) for name, scores, member in attacks(observed, controlled=True)}
-    assert auc(*found["LiRA"]) > 0.75
-    for level in (0.01, 0.1):
-        reached = tpr_at(*found["LiRA, image alone"], level)
-        wanted = tpr_at(*predicted(observed.records[..., 0], observed.member), level)
-        assert wanted > 4 * level and reached == pytest.approx(wanted, abs=0.15)
+    assert auc(*found["LiRA"]) > 0.95
+    simulated = predicted(observed.records[..., 0], observed.member)
+    for level, within in ((0.01, 0.2), (0.1, 0.05)):  # real scores have heavier tails than Gaussians
+        reached, wanted = (tpr_at(*these, level) for these in (found["LiRA, image alone"], simulated))
+        assert wanted > 0.8 and reached == pytest.approx(wanted, abs=within)
+    assert tpr_at(*found["LiRA"], 0.01) > 3 * tpr_at(*found["score alone"], 0.01)
     canary = observed.canary
     scores, member = found["LiRA"]
     assert auc(scores[:, canary], member[:, canary]) > auc(scores[:, ~canary], member[:, ~canary])

@@ -1,4 +1,4 @@
-"""Privacy: how well members are told from others, and what synthetic images lie near to."""
+"""Attacks: how well members are told from others, and what synthetic images lie near to."""
 
 from collections.abc import Mapping, Sequence
 

@@ -11,6 +11,7 @@
 # make theory      notebook 07's tables: gradient noise, stability and gaps, both starts, five seeds; about three hours
 # make why         the table and figures of docs/why-it-works.md, on five seeds
 # make dp          results/dp.csv: accuracy against ε of differential privacy, on five seeds; about an hour and a half
+# make audit       notebook 08's tables: membership attacks over 64 shadow runs; about half an hour
 # make scale       notebook 09's table: up to 100 clients, and clients whose ViTs differ
 #
 # PYTHON=python3.12 picks the interpreter. On Linux, for the CPU build of torch:
@@ -30,13 +31,13 @@ SPREAD := -n auto --maxprocesses 4 --dist loadfile
 SITE := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-flower flower tuning study publish ablations transfer theory why dp scale lint format weights clean
+.PHONY: help setup reproduce test test-flower flower tuning study publish ablations transfer theory why dp audit scale lint format weights clean
 
 # A figure backend set for another program must not reach the notebooks.
 unexport MPLBACKEND
 
 help:
-	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | flower | publish | tuning | study | ablations | transfer | theory | why | dp | scale | lint | format | weights | clean"
+	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | flower | publish | tuning | study | ablations | transfer | theory | why | dp | audit | scale | lint | format | weights | clean"
 
 setup: $(STAMP)
 
@@ -116,6 +117,10 @@ why: setup
 dp: setup
 	$(BIN)/python -m fedmitr.privacy.cost
 	$(BIN)/python tools/dp.py
+
+# Each shadow run is kept in the store, so an audit that was stopped goes on.
+audit: setup
+	$(BIN)/fedmitr audit
 
 # Trains the shared initial model again, the same after fewer steps, and the two for clients whose ViTs differ.
 weights: setup

@@ -1,4 +1,4 @@
-"""Commands that make the evidence: `tune | study`."""
+"""Commands that make the evidence: `tune | study | audit`."""
 
 from pathlib import Path
 
@@ -105,3 +105,38 @@ def study(protocol, freeze, report, again, cells, seeds, out, store) -> None:
     runs = finished(plan, out) if report else run_study(plan, store, out)
     write_report(plan, runs, out.with_suffix(".json"))
     click.echo("\n".join(summary(plan, runs)))
+
+
+@main.command(epilog=HINT)
+@click.option("--targets", help="Comma-separated; default all: what is attacked.")
+@click.option("--runs", type=int, help="Shadow runs, a multiple of 4; default 64.")
+@click.option("--canaries", type=int, help="Mislabelled images of the audited client; default 32.")
+@click.option("--client", type=int, help="The audited client; default the one with most images.")
+@profile_option
+@set_option
+@click.option("--out", type=click.Path(path_type=Path), help="CSV of the rates; default results/audit.csv.")
+@store_option
+@jobs_option
+@backend_option
+@cluster_option
+def audit(targets, runs, canaries, client, profile, assignments, out, store) -> None:
+    """Attack what a client sends, and what is made of it: who was in its data?
+
+    Without options this is the audit that notebook 08 shows. With others than --store and --jobs, such as
+    --set with a protection, --out is needed.
+    """
+    from ..core.paths import DEFAULT_PROFILE
+    from ..privacy.audit import run_audit
+    from ..privacy.shadows import Audit
+    from ..privacy.targets import TARGETS
+
+    given = {"runs": runs, "canaries": canaries, "client": client}
+    given = {name: value for name, value in given.items() if value is not None}
+    plan = Audit(profile, dict(map(parse_assignment, assignments)), **given)
+    chosen = [name.strip() for name in targets.split(",")] if targets else list(TARGETS)
+    if out is None:
+        if plan != Audit(DEFAULT_PROFILE) or targets:
+            raise BadInput("another audit than notebook 08's needs --out FILE")
+        out = home() / "results" / "audit.csv"
+    rates, _ = run_audit(plan, chosen, store, out)
+    click.echo(rates.to_string(index=False, float_format="{:.3f}".format))

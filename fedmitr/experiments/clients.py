@@ -168,6 +168,10 @@ class Clients:
         for shard in self.shards:
             training_noise(len(shard), local_steps(len(shard), self.settings.client), self.settings.client)
 
+    def seed_of(self, client: int | None) -> int:
+        """Return the seed of a client's own randomness, the run's; `privacy.shadows` draws it anew."""
+        return self.settings.seed
+
     def _client(self, client: int) -> tuple[int, Tensor, ModelSettings]:
         return client, self.shards[client], self.settings.model_of(client)
 
@@ -227,7 +231,7 @@ class Clients:
                         settings,
                         client=client,
                         name=model.name,
-                        seed=self.settings.seed,
+                        seed=self.seed_of(client),
                         progress=bar.update,
                         noise_seed=self.noise_seed,
                     )

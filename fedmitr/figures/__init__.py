@@ -2,6 +2,7 @@
 
 from . import widgets
 from .accuracies import bars, confidence, panels, per_class
+from .attacks import leakage, neighbours, roc
 from .clients import scenes, shard_grid, shards, skew
 from .images import attention, curves, emerging, foreground, frame, generated, one_of_each, places, schedule
 from .labels import overview, token_labels
@@ -29,6 +30,8 @@ __all__ = [
     "frame",
     "gaps",
     "generated",
+    "leakage",
+    "neighbours",
     "noise_parts",
     "one_of_each",
     "overview",
@@ -38,6 +41,7 @@ __all__ = [
     "places",
     "pretraining",
     "projection",
+    "roc",
     "save",
     "scaling",
     "scenes",

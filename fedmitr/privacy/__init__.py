@@ -1,1 +1,1 @@
-"""What leaks from what clients send, and what protecting it costs."""
+"""What leaks from what clients send: membership, reconstruction; and what protecting it costs."""

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..experiments.claims import judge
 from ..study.analysis import differences
+from ..study.verdicts import FAILS, HOLDS, OPEN
 from .experiment import INVERSIONS, LABELS
 from .patches import GROUPS
 from .stability import predicted_distance, slope
@@ -97,6 +97,11 @@ def card(
             said = _said(row["difference"], low, high, step.ratio)
             rows.append((step.name, step.claim, f"{more} against {less}", said, judge(low, high)))
     return pd.DataFrame(rows, columns=list(CARD))
+
+
+def judge(low: float, high: float) -> str:
+    """Return the verdict on the claim that a difference is positive, from its interval [low, high]."""
+    return HOLDS if low > 0 else FAILS if high < 0 else OPEN
 
 
 def _said(mean: float, low: float, high: float, ratio: bool) -> str:

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from fedmitr.experiments.claims import FAILS, HOLDS, OPEN
 from scipy import stats
 from theory_tables import invented_inversions, invented_students
 
+from fedmitr.study.verdicts import FAILS, HOLDS, OPEN
 from fedmitr.theory.stability import predicted_distance
 from fedmitr.theory.verdicts import CARD, LESS_NOISE, card, slopes, with_bounds
 

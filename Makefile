@@ -7,7 +7,7 @@
 # make results     the README's tables: every method on five seeds at two skews; about an hour
 # make ablations   notebook 06's tables: every cell of results/ablations.yaml and fidelity.yaml, on three seeds
 # make transfer    notebook 06's figure: starts that were pretrained for fewer and fewer steps, on five seeds
-# make theory      notebook 07's tables: gradient noise, stability and gaps, both starts, five seeds; about three hours
+# make theory      notebook 07's tables: gradient noise, stability and gaps, both starts, five seeds; about four hours on two cores
 # make why         the table and figures of docs/why-it-works.md, on five seeds
 # make scale       notebook 09's table: up to 100 clients, and clients whose ViTs differ
 #

@@ -122,22 +122,22 @@ def invert_features(
     vit: VisionTransformer,
     wanted: Tensor,
     tokens: FeatureTokens,
+    start: Tensor,
     *,
     steps: int = 400,
-    lr: float = 0.1,
-    tv: float = 1e-3,
-    seed: int = 0,
+    lr: float = 0.02,
+    tv: float = 0.3,
 ) -> Tensor:
     """Search for images (n, ch, H, W) with the features wanted (n, D) under a ViT.
 
         min_x |f(x) − f|² / D + tv · mean squared difference of neighbouring pixels
 
-    by Adam from noise, with a learning rate that falls to 0. It is what a server may do with a feature that a
-    sum gives away (Mahendran & Vedaldi, CVPR 2015).
+    by Adam, with a learning rate that falls to 0. It is what a server may do with a feature that a sum gives
+    away (Mahendran & Vedaldi, CVPR 2015). start (n, ch, H, W): images of the server's own; from noise the
+    search ends in images that only the model finds alike.
     """
     frozen = copy.deepcopy(vit).to(device()).eval().requires_grad_(False)
-    shape = (len(wanted), frozen.patch_embed.proj.in_channels, *frozen.patch_embed.img_size)
-    images = torch.randn(shape, generator=make_rng(seed, "feature inversion")).to(device()).requires_grad_()
+    images = start.clone().to(device()).requires_grad_()
     optimizer = torch.optim.Adam([images], lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     target = wanted.to(images)

@@ -133,7 +133,7 @@ class Clients:
             return sums.checked(*sizes, len(kept))
 
         def make() -> Statistics:
-            seed = self.settings.seed if self.noise_seed is None else self.noise_seed
+            seed = self.seed_of(client) if self.noise_seed is None else self.noise_seed
             rng = make_rng(seed, "noise of sums", client, features.model_dump_json())
             return sent_statistics(self.initial, shard, features, rng, who)
 

@@ -21,6 +21,7 @@ from ..core.progress import progress
 from ..core.store import Store, check_output, fingerprint, read_tensors, write_csv, write_tensors
 from ..experiments.compare import check_all, train_clients
 from ..experiments.run import Experiment
+from ..methods import find
 from ..settings import Settings
 from .membership import lira, predicted, rmia
 from .roc import measures, thinned
@@ -168,7 +169,10 @@ def _prepare(settings: Settings, records: Records, target: Target, store: Store)
     if target.part in ("model", "images"):
         experiment = Experiment(settings, store)
         lacking = [k for k in others if not store.has("uploads", experiment.upload_key(k))]
-        train_clients([(settings, k) for k in lacking], store)
+        if find(target.method).needs_weights:
+            train_clients([(settings, k) for k in lacking], store)
+        for client in others:  # sums of features, where the method needs them
+            experiment.upload_for(find(target.method), client)
 
 
 def _observe_in_worker(audit: Audit, target: Target, store: Path, number: int) -> None:

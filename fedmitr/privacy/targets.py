@@ -20,7 +20,6 @@ from ..methods import find
 from ..settings import Settings
 from ..upload import Features
 from ..vision.augment import warp
-from ..vision.features import FeatureClassifier
 from ..vision.tokens import images_at_once
 from .shadows import ShadowRun
 from .sums import believed, log_leverage, trace_score, view_features
@@ -106,7 +105,7 @@ def observe(run: ShadowRun, target: Target, others: Split) -> dict[str, Tensor]:
     else:
         model = run.outcome(target.method).models[0]
     asked = {"records": records}
-    if not isinstance(model, FeatureClassifier):
+    if target.part != "model" or find(target.method).family != "statistics":
         asked["population"] = others
     return {name: margins(model, split.images[:], split.labels) for name, split in asked.items()}
 

@@ -59,7 +59,7 @@ def test_the_tables_on_disk_are_those_returned(done):
     assert set(rates["records"]) == {"random", "mislabelled"}
     assert (rates["members"] + rates["non_members"]).max() <= 16 * 100
     asked = rates[rates["attack"] == "RMIA"]["target"]
-    assert set(asked) == {"untrained", "upload"}  # no probabilities elsewhere
+    assert set(asked) == {"untrained", "upload"}  # ridge's scores are no probabilities
 
 
 def test_finished_runs_come_from_the_store(done, audit, store, forbid, tmp_path):

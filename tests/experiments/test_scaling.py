@@ -14,7 +14,7 @@ from fedmitr.core.store import Store
 from fedmitr.evaluation.plan import plan
 from fedmitr.experiments.run import Experiment
 from fedmitr.experiments.scaling import processes, profiles, projection, strong_scaling
-from fedmitr.figures import scale as plots_scale
+from fedmitr.figures import trends
 from fedmitr.settings import PROFILES, Settings
 
 pipeline = importlib.import_module("fedmitr.methods.fedmitr")
@@ -100,12 +100,12 @@ def test_the_number_of_processes_is_as_before_afterwards(before, monkeypatch):
 
 def test_the_figures_show_the_table():
     table = projection(Settings.load("laptop"), counts=(5, 50))
-    work, memory = plots_scale.projection(table).axes
+    work, memory = trends.projection(table).axes
     assert work.get_xscale() == memory.get_yscale() == "log" and "clients" in work.get_xlabel()
     for line, (way, rows) in zip(work.lines, table.groupby("way", sort=False), strict=True):
         assert line.get_label() == way and list(line.get_ydata()) == list(rows["server, TFLOP"])
     measured = pd.DataFrame({"workers": [1, 2], "seconds": [8.0, 5.0], "speed-up": [1.0, 1.6]})
-    time, gain = plots_scale.scaling(measured).axes
+    time, gain = trends.scaling(measured).axes
     assert list(time.lines[0].get_ydata()) == [8, 5] and "seconds" in time.get_ylabel()
     assert list(gain.lines[0].get_ydata()) == [1, 2] and list(gain.lines[1].get_ydata()) == [1, 1.6]
 

@@ -96,7 +96,8 @@ def test_readme_writes_the_shipped_study_and_measured_times(checkout, monkeypatc
     monkeypatch.setattr(script, "EXECUTED", checkout / "executed")
     script.main()
     text = (checkout / "README.md").read_text()
-    assert text.startswith("before\n") and text.endswith("<!-- /times -->\nafter\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("<!-- /times -->\nafter\n")
+    assert "\nold\n" not in text
     first, second = text.split("between\n")
     assert script.results(read_protocol(), read_study(script.STUDY)) in first
     assert "1.5 minutes for 1 notebooks from an empty store" in second

@@ -46,13 +46,17 @@ def without_small_classes(statistics: Statistics, smallest: int) -> Statistics:
     return Statistics(counts, statistics.sums.masked_fill(small[:, None], 0.0), statistics.gram)
 
 
+def in_large_classes(labels: Tensor, smallest: int) -> Tensor:
+    """Return a mask (n,) of the labels (n,) whose class stands among them at least `smallest` times."""
+    return labels.bincount()[labels] >= smallest
+
+
 def large_classes(shard: Split, smallest: int, who: str) -> Split:
     """Return a shard's images of classes that have at least `smallest` of them there.
 
     Raises BadInput, naming the client, where none is left.
     """
-    counts = shard.labels.bincount()
-    rows = (counts[shard.labels] >= smallest).nonzero()[:, 0]
+    rows = in_large_classes(shard.labels, smallest).nonzero()[:, 0]
     if not len(rows):
         raise BadInput(f"statistics.smallest={smallest}: {who} has no class of so many images")
     return shard.subset(rows)

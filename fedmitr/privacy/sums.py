@@ -11,6 +11,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from ..client.noise import in_large_classes
 from ..client.statistics import view_maps
 from ..core.errors import BadInput
 from ..core.machine import device
@@ -97,7 +98,7 @@ def two_features(statistics: Statistics) -> tuple[Tensor, Tensor]:
     return (total + apart) / 2, (total - apart) / 2
 
 
-def large_classes(
+def sums_of_large_classes(
     features: Tensor, labels: Tensor, shards: Sequence[Tensor], least: int, classes: int
 ) -> tuple[Statistics, int]:
     """Add up what clients send who leave out classes of which they hold fewer than `least` images.
@@ -105,11 +106,7 @@ def large_classes(
     features (n, D) and labels (n,) of all training images; shards: index tensors, one per client. Returns the
     sums of all clients and the number of images left out. Raises BadInput where nothing is left.
     """
-    kept = []
-    for shard in shards:
-        counts = torch.bincount(labels[shard], minlength=classes)
-        kept.append(shard[counts[labels[shard]] >= least])
-    rows = torch.cat(kept)
+    rows = torch.cat([shard[in_large_classes(labels[shard], least)] for shard in shards])
     if not len(rows):
         raise BadInput(f"least={least}: no client holds as many images of a class")
     return Statistics.of(features[rows], labels[rows], classes), sum(map(len, shards)) - len(rows)

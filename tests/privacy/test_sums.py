@@ -8,9 +8,9 @@ from fedmitr import BadInput
 from fedmitr.client.statistics import feature_statistics
 from fedmitr.privacy.sums import (
     believed,
-    large_classes,
     log_leverage,
     single_features,
+    sums_of_large_classes,
     trace_score,
     two_features,
     view_features,
@@ -104,11 +104,11 @@ def test_two_images_are_told_outright(labels):
 def test_classes_below_the_smallest_count_are_left_out_of_the_sums():
     features, labels = random_features((5, 2, 9), 3, seed=0)
     shards = [torch.tensor([0, 1, 5, 7, 8]), torch.tensor([2, 3, 4, 6, 9, 10, 11, 12, 13, 14, 15])]
-    sums, left_out = large_classes(features, labels, shards, 3, 3)
+    sums, left_out = sums_of_large_classes(features, labels, shards, 3, 3)
     rows = [i for shard in shards for i in shard.tolist() if sum(labels[shard] == labels[i]) >= 3]
     assert left_out == len(labels) - len(rows) == 6
     assert torch.equal(sums.counts, torch.bincount(labels[rows], minlength=3))
     assert torch.allclose(sums.sums.sum(0), features[rows].sum(0))
-    assert large_classes(features, labels, shards, 1, 3)[1] == 0
+    assert sums_of_large_classes(features, labels, shards, 1, 3)[1] == 0
     with pytest.raises(BadInput, match="least=99"):
-        large_classes(features, labels, shards, 99, 3)
+        sums_of_large_classes(features, labels, shards, 99, 3)

@@ -3,9 +3,8 @@
 python tools/dp.py            run by `make dp`
 """
 
-import re
-
 import pandas as pd
+from readme import fill
 
 from fedmitr.core.paths import home
 from fedmitr.methods import described
@@ -13,7 +12,6 @@ from fedmitr.study.tables import markdown
 
 RUNS = home() / "results" / "dp.csv"
 AT = 3.0  # the ε of the README's sentence
-BLOCK = re.compile(r"(<!-- dp: [^\n]*-->\n).*?(<!-- /dp -->)", re.S)
 
 
 def cost_table(runs: pd.DataFrame) -> str:
@@ -44,16 +42,11 @@ def sentence(runs: pd.DataFrame) -> str:
     )
 
 
-def fill(page: str, text: str) -> str:
-    """The page with the part between the markers replaced."""
-    return BLOCK.sub(lambda m: m[1] + text + "\n" + m[2], page)
-
-
 def main() -> None:
     runs = pd.read_csv(RUNS)
     for name, text in (("README.md", sentence(runs)), ("docs/privacy.md", cost_table(runs))):
         path = home() / name
-        path.write_text(fill(path.read_text(), text))
+        path.write_text(fill(path.read_text(), "dp", text))
 
 
 if __name__ == "__main__":

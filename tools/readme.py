@@ -50,10 +50,10 @@ def times(executed: Path) -> str:
     )
 
 
-def fill(readme: str, name: str, text: str) -> str:
-    """The README with the part between the markers of this name replaced."""
+def fill(page: str, name: str, text: str) -> str:
+    """A page with the part between the markers of this name replaced."""
     pattern = re.compile(rf"(<!-- {name}: [^\n]*\n).*?(<!-- /{name} -->)", re.S)
-    return pattern.sub(lambda m: m[1] + text + "\n" + m[2], readme)
+    return pattern.sub(lambda m: m[1] + text + "\n" + m[2], page)
 
 
 def main() -> None:

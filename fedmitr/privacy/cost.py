@@ -4,9 +4,9 @@
 
 writes results/dp.csv: a row for each start, method, ε and seed. ε is that of one upload, whatever it carries:
 a client that sends weights and sums has less of it for each. An empty ε is no protection. Images are those of
-test, seeds those of the README's table. All settings but those of privacy are those of plain runs; how the
-noise is shared between sums was chosen on validation images of other seeds. Everything is kept in the store,
-so that the same command goes on where it was stopped.
+test, of seeds on which no setting was chosen. All settings but those of privacy are those of plain runs; how
+the noise is shared between sums was chosen on validation images of other seeds. Everything is kept in the
+store, so that the same command goes on where it was stopped.
 """
 
 import math

@@ -32,7 +32,7 @@ from ..upload import Features
 class Audit:
     """What is audited: a profile with overrides by dotted name, and how.
 
-    runs: shadow runs, a multiple of 4, 12 and more, so that half of them still have three of each kind.
+    runs: shadow runs, a multiple of 4, 16 and more, so that half of them still have three of each kind.
     canaries: mislabelled images among the audited client's. client: whose images are audited; None: the one
     with most. population: validation images that RMIA compares with, at most.
     """

@@ -39,11 +39,14 @@ STYLE = {
 styled = mpl.rc_context(STYLE)
 
 
-def show(figure: Figure) -> Image:
-    """Return the figure as a picture that every viewer of notebooks displays."""
+def show(figure: Figure, alt: str = "") -> Image:
+    """Return the figure as a picture that every viewer of notebooks displays.
+
+    alt: one sentence on what can be seen, for readers who do not see the picture.
+    """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return Image(buffer.getvalue(), width=round(figure.get_figwidth() * SHOWN))
+    return Image(buffer.getvalue(), width=round(figure.get_figwidth() * SHOWN), alt=alt or None)
 
 
 def pixels(images: Tensor, stats: tuple[Tensor, Tensor]) -> np.ndarray:
@@ -125,8 +128,8 @@ def write_cells(axis: Axes, values: np.ndarray, texts: Sequence[str], high: floa
         axis.text(column, row, text, ha="center", va="center", color=color, fontsize=9)
 
 
-def save(figure: Figure, name: str, profile: str) -> Image:
-    """Write figures/NAME.png into the output folder of a profile, and return it for display."""
-    image = show(figure)
+def save(figure: Figure, name: str, profile: str, alt: str = "") -> Image:
+    """Write figures/NAME.png into the output folder of a profile, and return it for display; `alt` as in `show`."""
+    image = show(figure, alt)
     (output_folder("figures", profile) / f"{name}.png").write_bytes(image.data)
     return image

@@ -6,7 +6,6 @@
 # make publish     for maintainers: figures/, results/headline.csv and the notebooks' stored outputs, five seeds
 # make tuning      results/tuning.csv, tuned.yaml: 20 trials a method and start; about 9 hours on 2 cores
 # make study       results/study.{csv,json}, the README's results: 2,620 runs; about 12 hours on 2 cores
-# make ablations   notebook 06's tables: every cell of results/ablations.yaml and fidelity.yaml, on three seeds
 # make transfer    notebook 06's figure: starts that were pretrained for fewer and fewer steps, on five seeds
 # make theory      notebook 07's tables: gradient noise, stability and gaps, both starts, five seeds; about four hours on two cores
 # make why         the table and figures of docs/why-it-works.md, on five seeds
@@ -31,13 +30,13 @@ SPREAD := -n auto --maxprocesses 4 --dist loadfile
 SITE := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-flower flower tuning study publish ablations transfer theory why dp audit scale lint format weights clean
+.PHONY: help setup reproduce test test-flower flower tuning study publish transfer theory why dp audit scale lint format weights clean
 
 # A figure backend set for another program must not reach the notebooks.
 unexport MPLBACKEND
 
 help:
-	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | flower | publish | tuning | study | ablations | transfer | theory | why | dp | audit | scale | lint | format | weights | clean"
+	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | flower | publish | tuning | study | transfer | theory | why | dp | audit | scale | lint | format | weights | clean"
 
 setup: $(STAMP)
 
@@ -97,10 +96,6 @@ tuning: setup
 study: setup
 	$(BIN)/fedmitr study
 	$(BIN)/python tools/readme.py
-
-ablations: setup
-	$(BIN)/fedmitr sweep --method fedmitr_plus --model vit_micro_early --cells results/ablations.yaml --seeds 10-12 --out results/ablations.csv
-	$(BIN)/fedmitr sweep --method fedmitr --cells results/fidelity.yaml --seeds 10-12 --out results/fidelity.csv
 
 # Validation images of the tuning seeds: a study of the start, not of who wins.
 transfer: setup

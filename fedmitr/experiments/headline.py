@@ -74,7 +74,7 @@ def _verdict(row: pd.Series) -> str:
 
 
 STORED = (
-    "Tables over seeds in notebooks 05, 06, 07 and 09 show stored results: `make study`, `make ablations`, "
+    "Tables over seeds in notebooks 05, 06, 07 and 09 show stored results: `make study`, "
     "`make transfer`, `make theory` and `make scale` run them again."
 )
 

@@ -7,7 +7,7 @@ from .clients import scenes, shard_grid, shards, skew
 from .images import attention, curves, emerging, foreground, frame, generated, one_of_each, places, schedule
 from .labels import overview, token_labels
 from .methods import comparison, weights
-from .study import across_grounds, cell_differences, forest, tradeoffs
+from .study import across_grounds, cell_differences, forest, pairing, tradeoffs
 from .style import save, show
 from .theory import drift, gaps, noise_parts, patch_gradients, variances
 from .trends import accuracy_against_epsilon, pretraining, projection, scaling
@@ -35,6 +35,7 @@ __all__ = [
     "noise_parts",
     "one_of_each",
     "overview",
+    "pairing",
     "panels",
     "patch_gradients",
     "per_class",

@@ -90,6 +90,32 @@ def cell_differences(tables: Mapping[str, pd.DataFrame], runs: pd.DataFrame) -> 
 
 
 @styled
+def pairing(one: pd.Series, other: pd.Series, span: tuple[float, float]) -> Figure:
+    """Draw why differences are taken seed by seed: two accuracies over seeds, and their differences.
+
+    one, other: accuracies by seed, with names; span: the 95 % interval of the mean of one − other.
+    """
+    figure = new_figure(9, 2.9)
+    left, right = figure.subplots(1, 2)
+    for values, color, marker in ((one, VERMILLION, "o"), (other, BLACK, "D")):
+        left.plot(values.index, values, ls="", marker=marker, ms=4, color=color, label=values.name)
+    left.vlines(one.index, other, one, color=SKY, lw=1, zorder=0)
+    left.set(title="accuracies, seed by seed", ylabel="test accuracy", xlabel="seed")
+    left.legend(loc="lower left", bbox_to_anchor=(0, 0.98), ncols=2, borderaxespad=1.6)
+    gap = one - other
+    right.axhspan(*span, color=SKY, alpha=0.5, lw=0, label="95 % interval of the mean")
+    right.plot(gap.index, gap, "o", ms=4, color=BLACK)
+    right.axhline(0, color=VERMILLION, lw=0.8, ls="--")
+    right.set(title=f"{one.name} minus {other.name}", xlabel="seed")
+    reach = (left.get_ylim()[1] - left.get_ylim()[0]) / 2  # both axes have one scale
+    right.set_ylim(gap.mean() - reach, gap.mean() + reach)
+    right.legend(loc="upper left")
+    for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+@styled
 def tradeoffs(table: pd.DataFrame) -> Figure:
     """Draw mean accuracy against bytes of all messages and against the server's seconds, a point a method.
 

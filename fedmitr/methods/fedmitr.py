@@ -13,7 +13,7 @@ of the patches left (24 %), a falling rate (constant), the squared total variati
 clipped), the survivors as the mask (attention on the finished image), the best iterate (in effect the last),
 one head for CLS and tokens (LV-ViT: two) with token weight 0.1 (1), temperature 1 (SMI: 20). Stopped pixels
 rest, where SMI's regulariser and optimiser still move them. The `paper` profile has the published values;
-results/fidelity.csv measures what each is worth here.
+notebook 06 shows what they are worth here.
 """
 
 from collections.abc import Sequence

@@ -21,7 +21,7 @@ Off by default, for students that start from the clients' average:
 - Label cross-entropy: the label that an image was made for enters the student's loss.
 - Half-soft survivors: a surviving patch's label is half the image's label and half the ensemble's own.
 
-What each is worth: results/ablations.csv, notebook 06. Without the sums, regions, views and closed form have
+What each is worth: notebook 06. Without the sums, regions, views and closed form have
 no effect.
 """
 

@@ -34,7 +34,7 @@ def study(protocol: Protocol, store: Path | str | None = None, out: Path | None 
     kept = Store(store or default_store())
     plan = with_digests(protocol)
     there = read_study(out, plan) if out and out.exists() else pd.DataFrame(columns=[*COLUMNS, *SECONDS])
-    todo = plan.drop(there.index)
+    todo = cell_by_cell(plan.drop(there.index))
 
     def whole(found: pd.DataFrame) -> pd.DataFrame:
         """Join the rows that are there already and those of finished runs, in the protocol's order."""
@@ -48,6 +48,18 @@ def study(protocol: Protocol, store: Path | str | None = None, out: Path | None 
     pairs = list(zip(todo["method"], todo["run under"], strict=True))
     runs = run_all(pairs, kept.root, save if out else None)
     return read_study(out, plan) if out else whole(runs)
+
+
+def cell_by_cell(plan: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a plan part by part, and in a part cell by cell.
+
+    On one seed several cells learn from the same images. In this order no two processes make the same images
+    at the same time: one makes them, and the others find them in the store.
+    """
+    groups = plan.groupby(["part", "cell"], sort=False)
+    parts = {name: place for place, name in enumerate(dict.fromkeys(plan["part"]))}
+    ordered = sorted(groups, key=lambda group: parts[group[0][0]])  # stable: cells keep their order
+    return pd.concat([some for _, some in ordered]) if ordered else plan
 
 
 def finished(protocol: Protocol, out: Path) -> pd.DataFrame:

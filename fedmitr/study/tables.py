@@ -61,6 +61,23 @@ def panel_table(table: pd.DataFrame) -> pd.DataFrame:
     return accuracy_columns(table).rename(columns={GAP: "minus first [adjusted interval]"})
 
 
+def panel_line(table: pd.DataFrame) -> str:
+    """Say which cells of a panel are found above its first cell, which below, and which are not told apart.
+
+    table: what `analysis.part_table` returns for a panel. A cell is found above or below where its adjusted
+    interval excludes zero; the mean difference stands behind it.
+    """
+    first, rest = table.index[0], table.iloc[1:]
+    above, below = rest["low Holm"] > 0, rest["high Holm"] < 0
+    kinds = {"above it": above, "below it": below, "not told apart from it": ~(above | below)}
+    told = [
+        f"{kind}: {', '.join(f'{c} ({d:+.3f})' for c, d in rest.loc[where, 'difference'].items())}"
+        for kind, where in kinds.items()
+        if where.any()
+    ]
+    return f"“{first}” has {table.loc[first, 'mean']:.3f}. " + "; ".join(told) + "."
+
+
 def verdict_table(card: pd.DataFrame) -> pd.DataFrame:
     """Return the verdicts as text, a row a claim and part, by claim and source."""
     text = card[["claim", "source", "where", "compared", "verdict"]].copy()

@@ -147,7 +147,7 @@ def test_bad_input_is_one_line_and_status_2(asked, words, name):
 
 
 def test_the_shipped_cells_are_settings_that_exist():
-    cells = read_cells(home() / "results" / "ablations.yaml")
+    cells = read_cells(home() / "results" / "scale.yaml")
     for cell in cells:
         Settings.load("laptop", dict(cell.overrides))
     names = [(c.panel, c.name) for c in cells]

@@ -78,6 +78,19 @@ def boxes_of(axis):
     return [text.get_window_extent() for text in axis.texts if text.get_text()]
 
 
+def test_two_accuracies_and_their_differences_share_a_scale(drawn):
+    one = pd.Series([0.80, 0.82, 0.79], index=[30, 31, 32], name="one")
+    other = pd.Series([0.79, 0.83, 0.79], index=[30, 31, 32], name="other")
+    left, right = drawn(figures.pairing(one, other, (-0.02, 0.02))).axes
+    shown = {line.get_label(): line.get_ydata() for line in left.lines}
+    assert np.allclose(shown["one"], one) and np.allclose(shown["other"], other)
+    assert any(
+        np.allclose(line.get_ydata(), one - other) for line in right.lines if len(line.get_xdata()) == 3
+    )
+    spans = [np.diff(axis.get_ylim()).item() for axis in (left, right)]
+    assert spans[0] == pytest.approx(spans[1])
+
+
 def test_every_method_but_references_is_a_labelled_point_against_both_costs(tables, drawn):
     table = tables["early"]
     figure = drawn(figures.tradeoffs(table))

@@ -11,8 +11,8 @@ from fedmitr.experiments import compare
 from fedmitr.methods import METHODS, Method, register
 from fedmitr.settings import Settings, SettingsBlock
 from fedmitr.settings.schema import setting
-from fedmitr.study.protocol import planned, rules_of
-from fedmitr.study.run import COLUMNS, read_study, rerun, study, write_study
+from fedmitr.study.protocol import planned, read_protocol, rules_of
+from fedmitr.study.run import COLUMNS, cell_by_cell, read_study, rerun, study, write_study
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,18 @@ def test_a_row_is_the_test_accuracy_of_its_run(runs, few, tmp_path):
             assert row.accuracy == pytest.approx(found.accuracy, abs=1e-6)
             assert row.upload_bytes == found.upload_bytes
     assert runs["accuracy"].nunique() > 2
+
+
+def test_runs_that_share_images_are_not_neighbours():
+    plan = planned(read_protocol())
+    order = cell_by_cell(plan)
+    assert order.sort_index().equals(plan)
+    assert list(dict.fromkeys(order["part"])) == list(dict.fromkeys(plan["part"]))
+    one, other = order[:-1], order[1:]
+    starts = (other[["part", "cell"]].to_numpy() != one[["part", "cell"]].to_numpy()).any(1)
+    assert 1 + starts.sum() == len(plan.drop_duplicates(["part", "cell"]))  # each cell in one go
+    assert (other["seed"].to_numpy()[~starts] != one["seed"].to_numpy()[~starts]).all()
+    assert cell_by_cell(plan[:0]).empty
 
 
 def test_the_table_is_read_as_it_was_written(runs, folder):

@@ -14,6 +14,7 @@ from fedmitr.study.tables import (
     ground_table,
     grounds_table,
     markdown,
+    panel_line,
     panel_table,
     search_table,
     trials_table,
@@ -77,6 +78,23 @@ def test_a_panel_against_its_first_cell(protocol, made_up):
     text = panel_table(part_table(protocol, runs, "heads"))
     assert text.index.tolist() == ["λ = 1", "λ = 100"]
     assert text.iloc[0, 1] == "" and text.iloc[1, 1].startswith("+0.100 [")
+
+
+def test_a_panel_in_words_has_each_cell_on_its_side_of_the_first(protocol):
+    rng = np.random.default_rng(0)
+    means = {"first": 0.5, "higher": 0.6, "lower": 0.3, "level": 0.5}
+    rows = [
+        {"cell": cell, "mean": mean, "difference": gap, "low Holm": gap - 0.02, "high Holm": gap + 0.02}
+        for cell, mean in means.items()
+        for gap in [mean - 0.5 + rng.uniform(-0.01, 0.01)]
+    ]
+    rows[0] |= dict.fromkeys(["difference", "low Holm", "high Holm"], float("nan"))
+    said = panel_line(pd.DataFrame(rows).set_index("cell"))
+    gaps = [f"{row['difference']:+.3f}" for row in rows]
+    assert said == (
+        f"“first” has 0.500. above it: higher ({gaps[1]}); below it: lower ({gaps[2]}); "
+        f"not told apart from it: level ({gaps[3]})."
+    )
 
 
 def test_verdicts_with_intervals_and_none_for_what_was_not_run(protocol, made_up):

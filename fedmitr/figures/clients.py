@@ -27,7 +27,9 @@ def draw_counts(
     """Draw counts (K, C) as a heatmap, a row a client; numbers: also as text; most: the scale's upper end."""
     axis.imshow(counts, vmin=0, vmax=most or None, aspect="auto")
     if numbers:
-        write_cells(axis, counts.numpy(), [str(int(c)) for c in counts.flatten()], high=int(counts.max()))
+        write_cells(
+            axis, counts.numpy(), [str(int(c)) for c in counts.flatten()], high=most or int(counts.max())
+        )
     axis.set_xticks(range(len(classes)), classes)
     axis.set_yticks(range(0, len(counts), 1 + len(counts) // 12))
     axis.set(xlabel="class", ylabel="client")
@@ -54,11 +56,11 @@ def scenes(split: Split, stats: tuple[Tensor, Tensor], picks: Sequence[int], pat
 
 
 @styled
-def shards(counts: Tensor, classes: Sequence[str], title: str = "") -> Figure:
-    """Draw how many images of each class every client holds: counts (K, C)."""
+def shards(counts: Tensor, classes: Sequence[str], title: str = "", most: int = 0) -> Figure:
+    """Draw how many images of each class every client holds, counts (K, C); most: the scale's upper end."""
     figure = new_figure(7, 1.2 + 0.34 * len(counts))
     axis = figure.subplots()
-    draw_counts(axis, counts, classes, numbers=True)
+    draw_counts(axis, counts, classes, numbers=True, most=most)
     axis.set(title=title)
     figure.colorbar(axis.images[0], ax=axis, label="images")
     return figure

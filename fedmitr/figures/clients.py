@@ -20,6 +20,8 @@ from .style import (
     write_cells,
 )
 
+_BADGE = {"facecolor": "black", "edgecolor": "none", "pad": 1.5}  # behind a label that is written on an image
+
 
 def draw_counts(
     axis: Axes, counts: Tensor, classes: Sequence[str], numbers: bool = False, most: int = 0
@@ -52,6 +54,27 @@ def scenes(split: Split, stats: tuple[Tensor, Tensor], picks: Sequence[int], pat
         heat = axes[2, column].imshow(share[column], vmin=0, vmax=1)
     figure.colorbar(heat, ax=axes[2], label="share", shrink=0.9)
     name_rows(axes, ["scene", "true\nforeground", "share in\neach patch"])
+    return figure
+
+
+@styled
+def client_images(
+    split: Split, shards: Sequence[Tensor], stats: tuple[Tensor, Tensor], count: int = 10
+) -> Figure:
+    """Draw the first `count` images of every client, a row a client, with their labels.
+
+    shards: the indices of each client's images in the split; stats: mean and std of the images.
+    """
+    figure, axes = picture_grid(len(shards), count, cell=0.72, left=1.1, head=0.1)
+    for row, shard in zip(axes, shards, strict=True):
+        first = split.subset(shard[:count])
+        shown = zip(row, pixels(first.images[:], stats), first.labels.tolist(), strict=False)
+        for axis, image, label in shown:  # a small shard leaves the end of its row empty
+            draw_image(axis, image)
+            axis.text(
+                0.04, 0.06, str(label), color="white", fontsize=9, bbox=_BADGE, transform=axis.transAxes
+            )
+    name_rows(axes, [f"client {k}\n{len(shard)} images" for k, shard in enumerate(shards)])
     return figure
 
 

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from fedmitr.core.paths import home
 from fedmitr.evaluation.metrics import ERRORS
+from fedmitr.experiments.compare import parse_seeds
 from fedmitr.experiments.headline import HEADLINE, record
 from fedmitr.experiments.reproduce import notebooks
 from fedmitr.methods import METHODS
@@ -184,7 +185,11 @@ def test_publish_leaves_nothing_of_papermill_in_a_notebook(published):
 
 
 def test_publish_runs_notebooks_that_are_there_on_its_seeds():
-    assert set(load("publish").ON_SEEDS.split(",")) <= {path.name[:2] for path in notebooks()}
+    script = load("publish")
+    assert set(script.ON_SEEDS.split(",")) <= {path.name[:2] for path in notebooks()}
+    protocol = read_protocol()
+    first, *others = parse_seeds(protocol.parts[protocol.primary[0]].seeds)  # notebooks have the first
+    assert list(script.OTHER_SEEDS) == others[:4] and first == 30
 
 
 # flower_processes.py: what needs no Flower. Its cluster runs in tests/flower.

@@ -2,8 +2,9 @@
 
     python tools/publish.py            run by `make publish`, for maintainers
 
-Seed 0 of the laptop profile is what ships. The notebooks that record headline numbers also run on seeds 1 to
-4; the standard deviation over all five is the spread that `fedmitr reproduce` compares with.
+The laptop profile at the notebooks' own seed, 30, is what ships. The notebooks that record headline numbers
+also run on seeds 31 to 34; the standard deviation over all five is the spread that `fedmitr reproduce`
+compares with.
 """
 
 import os
@@ -19,7 +20,7 @@ from fedmitr.core.store import write_csv
 from fedmitr.experiments.headline import HEADLINE, NUMBERS, read_numbers, summarise_numbers
 from fedmitr.experiments.reproduce import reproduce
 
-OTHER_SEEDS = (1, 2, 3, 4)
+OTHER_SEEDS = (31, 32, 33, 34)
 # The other notebooks record bytes, operations and plans, which a seed does not change.
 ON_SEEDS = "00,01,02,03,04"
 
@@ -70,9 +71,9 @@ def main(profile: str, into: Path | None, only: str | None) -> None:
         with environment(FEDMITR_OUTPUT=str(aside / f"seed{seed}"), FEDMITR_STATIC="1"):
             reproduce(profile, ON_SEEDS, seed=seed)
         others.append(read_numbers(aside / f"seed{seed}" / "results" / NUMBERS))
-    with environment(FEDMITR_OUTPUT=str(aside / "seed0"), FEDMITR_STATIC="1"):
+    with environment(FEDMITR_OUTPUT=str(aside / "shipped"), FEDMITR_STATIC="1"):
         click.echo(reproduce(profile, only, store=default_store()))
-    shipped = aside / "seed0"
+    shipped = aside / "shipped"
     for name in ("figures", "results", "notebooks"):
         (into / name).mkdir(parents=True, exist_ok=True)
     for figure in sorted((shipped / "figures").glob("*.png")):

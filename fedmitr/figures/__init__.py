@@ -3,7 +3,7 @@
 from . import widgets
 from .accuracies import bars, confidence, panels, per_class
 from .attacks import leakage, neighbours, roc
-from .clients import scenes, shard_grid, shards, skew
+from .clients import client_images, scenes, shard_grid, shards, skew
 from .images import attention, curves, emerging, foreground, frame, generated, one_of_each, places, schedule
 from .labels import overview, token_labels
 from .methods import comparison, weights
@@ -19,6 +19,7 @@ __all__ = [
     "attention",
     "bars",
     "cell_differences",
+    "client_images",
     "comparison",
     "confidence",
     "curves",

@@ -20,6 +20,8 @@ from .style import (
     write_cells,
 )
 
+_BADGE = {"facecolor": "black", "edgecolor": "none", "pad": 1.5}  # behind a label that is written on an image
+
 
 def draw_counts(
     axis: Axes, counts: Tensor, classes: Sequence[str], numbers: bool = False, most: int = 0
@@ -27,7 +29,9 @@ def draw_counts(
     """Draw counts (K, C) as a heatmap, a row a client; numbers: also as text; most: the scale's upper end."""
     axis.imshow(counts, vmin=0, vmax=most or None, aspect="auto")
     if numbers:
-        write_cells(axis, counts.numpy(), [str(int(c)) for c in counts.flatten()], high=int(counts.max()))
+        write_cells(
+            axis, counts.numpy(), [str(int(c)) for c in counts.flatten()], high=most or int(counts.max())
+        )
     axis.set_xticks(range(len(classes)), classes)
     axis.set_yticks(range(0, len(counts), 1 + len(counts) // 12))
     axis.set(xlabel="class", ylabel="client")
@@ -54,11 +58,32 @@ def scenes(split: Split, stats: tuple[Tensor, Tensor], picks: Sequence[int], pat
 
 
 @styled
-def shards(counts: Tensor, classes: Sequence[str], title: str = "") -> Figure:
-    """Draw how many images of each class every client holds: counts (K, C)."""
+def client_images(
+    split: Split, shards: Sequence[Tensor], stats: tuple[Tensor, Tensor], count: int = 10
+) -> Figure:
+    """Draw the first `count` images of every client, a row a client, with their labels.
+
+    shards: the indices of each client's images in the split; stats: mean and std of the images.
+    """
+    figure, axes = picture_grid(len(shards), count, cell=0.72, left=1.1, head=0.1)
+    for row, shard in zip(axes, shards, strict=True):
+        first = split.subset(shard[:count])
+        shown = zip(row, pixels(first.images[:], stats), first.labels.tolist(), strict=False)
+        for axis, image, label in shown:  # a small shard leaves the end of its row empty
+            draw_image(axis, image)
+            axis.text(
+                0.04, 0.06, str(label), color="white", fontsize=9, bbox=_BADGE, transform=axis.transAxes
+            )
+    name_rows(axes, [f"client {k}\n{len(shard)} images" for k, shard in enumerate(shards)])
+    return figure
+
+
+@styled
+def shards(counts: Tensor, classes: Sequence[str], title: str = "", most: int = 0) -> Figure:
+    """Draw how many images of each class every client holds, counts (K, C); most: the scale's upper end."""
     figure = new_figure(7, 1.2 + 0.34 * len(counts))
     axis = figure.subplots()
-    draw_counts(axis, counts, classes, numbers=True)
+    draw_counts(axis, counts, classes, numbers=True, most=most)
     axis.set(title=title)
     figure.colorbar(axis.images[0], ax=axis, label="images")
     return figure

@@ -85,8 +85,9 @@ def overview(
 ) -> Figure:
     """Draw the whole method in one picture.
 
-    counts (K, C): the clients' images of each class; synthetic: images as they emerge from noise; targets
-    (n, N, C): labels of their patches; scores: test accuracies by name.
+    counts (K, C): the clients' images of each class; synthetic: images, and how they emerged from noise, of
+    which the last column shows what the student receives; targets (n, N, C): labels of their patches;
+    scores: test accuracies by name.
     """
     figure = new_figure(8.6, 5.2)
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.1))
@@ -98,9 +99,11 @@ def overview(
     data.suptitle("1  Clients hold few classes each", fontsize=10.5)
     history = synthetic.history
     picks = one_of_each(synthetic.labels[: history["frames"].shape[1]], 2)
-    chosen = torch.linspace(0, len(history["frame_at"]) - 1, 5).round().long().tolist()
+    chosen = torch.linspace(0, len(history["frame_at"]) - 1, 5).round().long().tolist()[:-1]
     for row, pick in zip(images.subplots(2, 5), picks, strict=True):
-        for axis, at in zip(row, chosen, strict=True):
+        draw_image(row[-1], pixels(synthetic.pixels[pick], stats), synthetic.mask[pick])
+        row[-1].set_title("result" if pick == picks[0] else "", fontsize=9)
+        for axis, at in zip(row, chosen, strict=False):
             draw_image(axis, pixels(history["frames"][at, pick], stats), history["frame_masks"][at, pick])
             axis.set_title(
                 f"iteration {int(history['frame_at'][at])}" if pick == picks[0] else "", fontsize=9

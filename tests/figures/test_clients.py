@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from fedmitr import figures
+from fedmitr.figures.style import pixels
 
 COUNTS = torch.tensor([[5, 0, 1], [2, 30, 4]])
 
@@ -12,6 +13,22 @@ def test_shards_write_every_count(drawn):
     axis = drawn(figures.shards(COUNTS, ["a", "b", "c"], "title")).axes[0]
     assert [t.get_text() for t in axis.texts] == ["5", "0", "1", "2", "30", "4"]
     assert axis.get_title() == "title" and axis.images[0].get_array().tolist() == COUNTS.tolist()
+
+
+def test_shards_on_a_given_scale_keep_it(drawn):
+    axis = drawn(figures.shards(COUNTS, ["a", "b", "c"], most=100)).axes[0]
+    assert axis.images[0].get_clim() == (0, 100)
+
+
+def test_every_client_has_a_row_of_its_first_images(task, drawn):
+    shards = [torch.tensor([4, 7, 9]), torch.tensor([2])]
+    figure = drawn(figures.client_images(task.train, shards, task.stats, count=2))
+    rows = np.array(figure.axes).reshape(2, 2)
+    for axis, index in ((rows[0, 0], 4), (rows[0, 1], 7), (rows[1, 0], 2)):
+        assert np.allclose(axis.images[0].get_array(), pixels(task.train.images[index], task.stats))
+        assert [t.get_text() for t in axis.texts] == [str(int(task.train.labels[index]))]
+    assert not rows[1, 1].images  # a client with fewer images
+    assert [row[0].get_ylabel() for row in rows] == ["client 0\n3 images", "client 1\n1 images"]
 
 
 def test_several_partitions_share_one_scale(drawn):

@@ -41,10 +41,10 @@ def _frame_title(history: Mapping[str, Tensor], index: int) -> str:
 
 
 def _dimmed(image: np.ndarray, mask: Tensor) -> np.ndarray:
-    """Return an image (H, W) or (H, W, 3) with little contrast where patches of mask (N,) are false."""
+    """Return an image (H, W) or (H, W, 3), pale where patches of mask (N,) are false."""
     live = square(mask).numpy().repeat(len(image) // square(mask).shape[0], 0)
     live = live.repeat(image.shape[1] // live.shape[1], 1)  # (H, W)
-    return np.where(live.reshape(*live.shape, *[1] * (image.ndim - 2)), image, 0.5 + 0.3 * (image - 0.5))
+    return np.where(live.reshape(*live.shape, *[1] * (image.ndim - 2)), image, 0.675 + 0.25 * image)
 
 
 def one_of_each(labels: Tensor, count: int) -> list[int]:
@@ -122,7 +122,7 @@ def _draw_frame(
 ) -> None:
     """Draw one image of a recorded frame, live patches outlined; in a green box where it is the returned one.
 
-    dim: draw stopped patches with little contrast, but not in the returned image.
+    dim: draw stopped patches pale, but not in the returned image.
     """
     image, mask = pixels(history["frames"][index, pick], stats), history["frame_masks"][index, pick]
     returned = _returned(history, index)
@@ -135,12 +135,12 @@ def _draw_frame(
 def frame(synthetic: SyntheticSet, index: int, stats: tuple[Tensor, Tensor], count: int = 10) -> Figure:
     """Draw images as they were at one recorded iteration, the frame `index`, five in a row.
 
-    Live patches are outlined, stopped ones have little contrast. The last frame shows what inversion returns.
+    Live patches are outlined, stopped ones are pale. The last frame shows what inversion returns.
     """
     history = synthetic.history
     picks = one_of_each(synthetic.labels[: history["frames"].shape[1]], count)
     rows = -(-len(picks) // 5)
-    figure, axes = picture_grid(rows, min(5, len(picks)), cell=1.3, left=0.1, head=0.45)
+    figure, axes = picture_grid(rows, min(5, len(picks)), cell=1.3, left=0.1, head=0.6)
     for axis, pick in zip(axes.flat, picks, strict=False):
         _draw_frame(axis, history, index, pick, stats, dim=True)
         axis.set_title(f"target {int(synthetic.labels[pick])}", fontsize=9)

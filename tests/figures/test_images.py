@@ -65,7 +65,7 @@ def test_a_frame_is_one_iteration_with_its_stopped_patches_dimmed(recorded_set, 
     for patch in range(36):
         y, x = 4 * (patch // 6), 4 * (patch % 6)
         where = slice(y, y + 4), slice(x, x + 4)
-        wanted = bright[where] if patch < 25 else 0.35 + 0.3 * bright[where]
+        wanted = bright[where] if patch < 25 else 0.675 + 0.25 * bright[where]
         assert np.allclose(found[where], wanted, atol=1e-6), patch
 
 
@@ -82,7 +82,7 @@ def test_colour_images_are_dimmed_in_all_channels():
     image, mask = np.random.default_rng(0).random((8, 8, 3)), torch.tensor([True, False, False, True])
     found = _dimmed(image, mask)
     assert np.array_equal(found[:4, :4], image[:4, :4]) and np.array_equal(found[4:, 4:], image[4:, 4:])
-    assert np.allclose(found[:4, 4:], 0.35 + 0.3 * image[:4, 4:])
+    assert np.allclose(found[:4, 4:], 0.675 + 0.25 * image[:4, 4:])
 
 
 def test_the_animation_plays_every_frame_for_ever_and_is_the_same_each_time(

@@ -65,8 +65,9 @@ def test_every_notebook_runs_and_only_one_folder_is_made(run):
 
 def test_the_run_leaves_every_figure_that_ships(run):
     folder, _ = run
-    made = {p.name for p in (folder / "reproduced" / "smoke" / "figures").glob("*.png")}
-    assert made == {p.name for p in (ROOT / "figures").glob("*.png")}
+    made = {p.name for p in (folder / "reproduced" / "smoke" / "figures").iterdir()}
+    assert made == {p.name for p in (ROOT / "figures").iterdir()}
+    assert any(name.endswith(".gif") for name in made)
 
 
 def test_the_run_ends_with_a_table_of_the_stored_headline_numbers(run):

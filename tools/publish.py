@@ -55,6 +55,11 @@ def store_outputs(executed: Path, source: Path) -> None:
     nbformat.write(book, source)
 
 
+def pictures(folder: Path) -> list[Path]:
+    """List the pictures and animations of a folder."""
+    return sorted(p for p in folder.glob("*") if p.suffix in (".png", ".gif"))
+
+
 @click.command()
 @click.option(
     "--profile", default=DEFAULT_PROFILE, show_default=True, help="Another one only to try this script."
@@ -76,13 +81,13 @@ def main(profile: str, into: Path | None, only: str | None) -> None:
     shipped = aside / "shipped"
     for name in ("figures", "results", "notebooks"):
         (into / name).mkdir(parents=True, exist_ok=True)
-    for figure in sorted((shipped / "figures").glob("*.png")):
+    for figure in pictures(shipped / "figures"):
         shutil.copyfile(figure, into / "figures" / figure.name)
     for book in sorted((shipped / "notebooks").glob("*.ipynb")):
         store_outputs(book, into / "notebooks" / book.name)
-    made = {figure.name for figure in (shipped / "figures").glob("*.png")}
+    made = {figure.name for figure in pictures(shipped / "figures")}
     ran = {book.name[:2] for book in (shipped / "notebooks").glob("*.ipynb")}
-    for figure in (into / "figures").glob("*.png"):
+    for figure in pictures(into / "figures"):
         if figure.name not in made and (not only or figure.name[:2] in ran):
             figure.unlink()  # its notebook draws it no more
     if not only:

@@ -15,7 +15,6 @@ from ..core.machine import device
 from ..data.tasks import Split
 from ..server.ensemble import Ensemble
 from ..server.inversion import remaining
-from ..server.synthetic import SyntheticSet
 from ..vision.patches import gather_tokens, patch_share
 from ..vision.tokens import images_at_once, kept_patches, patch_features
 
@@ -44,8 +43,12 @@ def foreground_kept(foreground: Tensor, mask: Tensor, patch: int) -> Tensor:
 
     foreground (n, 1, H, W) in [0, 1]; mask (n, N); patch: side in pixels.
     """
-    area = patch_share(foreground, patch)
-    return (area * mask).sum(1) / area.sum(1).clamp(min=1e-9)
+    return kept_share(patch_share(foreground, patch), mask)
+
+
+def kept_share(cover: Tensor, mask: Tensor) -> Tensor:
+    """Return the share (n,) of what covers an image's patches, cover (n, N) ≥ 0, that lies in mask (n, N)."""
+    return (cover * mask).sum(1) / cover.sum(1).clamp(min=1e-9)
 
 
 @torch.inference_mode()
@@ -57,21 +60,17 @@ def token_features(vit: VisionTransformer, images: Tensor) -> np.ndarray:
     return torch.cat(parts)[:, vit.num_prefix_tokens :].cpu().numpy()
 
 
-def estimated_foreground(
-    vit: VisionTransformer, real: Split, synthetic: SyntheticSet
-) -> tuple[Tensor, float]:
-    """Return the share (n,) of synthetic images' estimated foreground that survives, and that of chance.
+def estimated_cover(vit: VisionTransformer, real: Split, images: Tensor) -> Tensor:
+    """Return the estimated probability (n, N) that the foreground covers a patch of images (n, ch, H, W).
 
     Inverted images have no true foreground. A logistic probe learns it on real scenes, where it is known:
-    from a patch's output token to whether the digit covers at least a quarter of the patch. Its probabilities
-    on synthetic patches are summed over the survivors and divided by the sum over all. Chance is the share of
-    patches that survive. vit should be a model that took no part in the inversion.
+    from a patch's output token to whether the digit covers at least a quarter of the patch. vit should be a
+    model that took no part in the inversion.
     """
     covered = patch_share(real.foreground, vit.patch_embed.patch_size[0]) >= 0.25
     features = token_features(vit, real.images)
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
     probe.fit(features.reshape(-1, features.shape[-1]), covered.flatten().numpy())
-    patches = token_features(vit, synthetic.pixels)
+    patches = token_features(vit, images)
     covers = probe.predict_proba(patches.reshape(-1, patches.shape[-1]))[:, 1]
-    covers, mask = torch.from_numpy(covers).view(len(synthetic), -1), synthetic.mask.cpu()  # (n, N)
-    return (covers * mask).sum(1) / covers.sum(1), mask.double().mean().item()
+    return torch.from_numpy(covers).view(len(images), -1)

@@ -4,11 +4,22 @@ from . import widgets
 from .accuracies import bars, confidence, panels, per_class
 from .attacks import leakage, neighbours, roc
 from .clients import client_images, scenes, shard_grid, shards, skew
-from .images import attention, curves, emerging, foreground, frame, generated, one_of_each, places, schedule
+from .images import (
+    animation,
+    attention,
+    curves,
+    emerging,
+    foreground,
+    frame,
+    generated,
+    one_of_each,
+    places,
+    schedule,
+)
 from .labels import overview, token_labels
 from .methods import comparison, weights
 from .study import across_grounds, cell_differences, forest, pairing, tradeoffs
-from .style import save, show
+from .style import save, save_animation, show
 from .theory import drift, gaps, noise_parts, patch_gradients, variances
 from .trends import accuracy_against_epsilon, pretraining, projection, scaling
 from .why import errors, toy
@@ -16,6 +27,7 @@ from .why import errors, toy
 __all__ = [
     "accuracy_against_epsilon",
     "across_grounds",
+    "animation",
     "attention",
     "bars",
     "cell_differences",
@@ -45,6 +57,7 @@ __all__ = [
     "projection",
     "roc",
     "save",
+    "save_animation",
     "scaling",
     "scenes",
     "schedule",

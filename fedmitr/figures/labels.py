@@ -58,12 +58,16 @@ def _draw_tokens(axis: Axes, probabilities: Tensor, mask: Tensor) -> None:
 
 @styled
 def token_labels(
-    synthetic: SyntheticSet, targets: Mapping[str, Tensor], stats: tuple[Tensor, Tensor], picks: Sequence[int]
+    synthetic: SyntheticSet,
+    targets: Mapping[str, Tensor],
+    stats: tuple[Tensor, Tensor],
+    picks: Sequence[int],
+    shown: str = "image",
 ) -> Figure:
     """Draw images with their survivors, and below them the labels of their patches.
 
     targets: name -> probabilities (n, N, C). Colour and number give the most probable class, the strength of
-    the colour its probability.
+    the colour its probability. shown: what the first row is, such as a view that the student gets.
     """
     figure, axes = picture_grid(1 + len(targets), len(picks), cell=1.32, left=0.9)
     for column, pick in enumerate(picks):
@@ -71,7 +75,7 @@ def token_labels(
         axes[0, column].set_title(f"target {int(synthetic.labels[pick])}")
         for axis, probabilities in zip(axes[1:, column], targets.values(), strict=True):
             _draw_tokens(axis, probabilities[pick], synthetic.mask[pick])
-    name_rows(axes, ["image", *targets])
+    name_rows(axes, [shown, *targets])
     return figure
 
 
@@ -105,9 +109,8 @@ def overview(
         row[-1].set_title("result" if pick == picks[0] else "", fontsize=9)
         for axis, at in zip(row, chosen, strict=False):
             draw_image(axis, pixels(history["frames"][at, pick], stats), history["frame_masks"][at, pick])
-            axis.set_title(
-                f"iteration {int(history['frame_at'][at])}" if pick == picks[0] else "", fontsize=9
-            )
+            title = "returned" if at == chosen[-1] else f"iteration {int(history['frame_at'][at])}"
+            axis.set_title(title if pick == picks[0] else "", fontsize=9)
     images.suptitle("2  Server: images emerge, low-information patches stop", fontsize=10.5)
     image, tokens = labels.subplots(1, 2)
     draw_image(image, pixels(synthetic.pixels[picks[0]], stats), synthetic.mask[picks[0]])

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
+import PIL.Image
 from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
@@ -22,6 +23,8 @@ BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILLION, PINK = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 WINE = "#882255"
 DPI, SHOWN = 150, 96
+MOVING = 100  # pixels an inch of an animation
+COLORS = 64  # of an animation, so that it stays small
 STYLE = {
     "font.size": 10,
     "font.family": "DejaVu Sans",
@@ -97,6 +100,11 @@ def name_rows(axes: np.ndarray, names: Sequence[str]) -> None:
         axis.set_ylabel(name, rotation=0, ha="right", va="center")
 
 
+def mark(axis: Axes, color: str) -> None:
+    """Draw a box around the axes of a picture."""
+    axis.spines[:].set(visible=True, color=color, linewidth=2.2)
+
+
 def draw_image(axis: Axes, image: np.ndarray, mask: Tensor | None = None) -> None:
     """Draw a picture with values in [0, 1], and a line around the patches of mask (N,) where some are out."""
     axis.imshow(image, cmap="gray", vmin=0, vmax=1)
@@ -133,3 +141,33 @@ def save(figure: Figure, name: str, profile: str, alt: str = "") -> Image:
     image = show(figure, alt)
     (output_folder("figures", profile) / f"{name}.png").write_bytes(image.data)
     return image
+
+
+def save_animation(frames: Sequence[Figure], name: str, profile: str, alt: str = "") -> Image:
+    """Write figures/NAME.gif into a profile's output folder, and return it for display; `alt` as in `show`.
+
+    frames: figures of one size. Each stands for 0.4 s, the last for 3 s, and then the first comes again. What
+    is returned is the same as an animated PNG: some viewers of notebooks show no GIF.
+    """
+    pictures, last = animated(frames), len(frames) - 1
+    timing = {"duration": [400] * last + [3000], "loop": 0, "save_all": True, "append_images": pictures[1:]}
+    path = output_folder("figures", profile) / f"{name}.gif"
+    pictures[0].save(path, **timing)
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, format="png", **timing)
+    return Image(buffer.getvalue(), width=round(frames[0].get_figwidth() * SHOWN), alt=alt or None)
+
+
+def animated(frames: Sequence[Figure]) -> list[PIL.Image.Image]:
+    """Draw figures of one size as pictures that share one palette of `COLORS` colours."""
+    drawn = [pixel_rows(figure) for figure in frames]  # (H, W, 3) each
+    sheet = PIL.Image.fromarray(np.concatenate(drawn)).quantize(COLORS, dither=PIL.Image.Dither.NONE)
+    height = len(drawn[0])
+    return [sheet.crop((0, k * height, sheet.width, (k + 1) * height)) for k in range(len(frames))]
+
+
+def pixel_rows(figure: Figure) -> np.ndarray:
+    """Draw a figure at `MOVING` pixels an inch; return its colours (H, W, 3), bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=MOVING)
+    return np.asarray(PIL.Image.open(buffer).convert("RGB"))

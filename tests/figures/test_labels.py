@@ -16,6 +16,8 @@ def test_the_most_probable_class_of_every_patch_is_written(synthetic, task, draw
     assert [t.get_text() for t in rows[1, 0].texts] == [str(int(c)) for c in classes]
     assert rows[1, 0].collections  # the survivors' outline
     assert [axis.get_ylabel() for axis in rows[:, 0]] == ["image", "soft"]
+    figure = figures.token_labels(synthetic, {"soft": targets}, task.stats, [4, 2], "a view")
+    assert figure.axes[0].get_ylabel() == "a view"
 
 
 def test_the_overview_shows_all_four_steps(recorded_set, task, drawn):

@@ -147,6 +147,7 @@ def published(tmp_path, monkeypatch):
         for name in ("figures", "notebooks"):
             (output / name).mkdir(exist_ok=True)
         (output / "figures" / "00_overview.png").write_bytes(b"picture")
+        (output / "figures" / "00_moving.gif").write_bytes(b"animation")
         book = nbformat.v4.new_notebook(metadata={"papermill": {"duration": 1.0}})
         book.cells = [
             nbformat.v4.new_code_cell("SEED = 1", metadata={"tags": ["injected-parameters"]}),
@@ -158,7 +159,8 @@ def published(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "reproduce", reproduce)
     before, into = dict(os.environ), tmp_path / "into"
     (into / "figures").mkdir(parents=True)
-    (into / "figures" / "00_gone.png").write_bytes(b"of a notebook that changed")
+    for name in ("00_gone.png", "00_gone.gif"):
+        (into / "figures" / name).write_bytes(b"of a notebook that changed")
     done = CliRunner().invoke(
         script.main, ["--profile", "smoke", "--into", str(into)], catch_exceptions=False
     )
@@ -170,7 +172,7 @@ def published(tmp_path, monkeypatch):
 def test_publish_stores_pictures_numbers_with_their_spread_and_outputs(published):
     into, calls, script = published
     assert calls == [*((script.ON_SEEDS, seed) for seed in (31, 32, 33, 34)), (None, None)]
-    assert [figure.name for figure in (into / "figures").iterdir()] == ["00_overview.png"]
+    assert {figure.name for figure in (into / "figures").iterdir()} == {"00_moving.gif", "00_overview.png"}
     assert (into / "figures" / "00_overview.png").read_bytes() == b"picture"
     (row,) = pd.read_csv(into / HEADLINE).to_dict("records")
     assert row["number"] == "accuracy" and row["stored"] == 0.5

@@ -9,7 +9,7 @@ from .labels import overview, token_labels
 from .methods import comparison, weights
 from .study import across_grounds, cell_differences, forest, tradeoffs
 from .style import save, show
-from .theory import drift, gaps, noise_parts, patch_gradients, variances
+from .theory import drift, gaps, gradient_lengths, noise_parts, patch_gradients, variances
 from .trends import accuracy_against_epsilon, pretraining, projection, scaling
 from .why import errors, toy
 
@@ -30,6 +30,7 @@ __all__ = [
     "frame",
     "gaps",
     "generated",
+    "gradient_lengths",
     "leakage",
     "neighbours",
     "noise_parts",

@@ -129,7 +129,7 @@ def write_cells(axis: Axes, values: np.ndarray, texts: Sequence[str], high: floa
 
 
 def save(figure: Figure, name: str, profile: str, alt: str = "") -> Image:
-    """Write figures/NAME.png into a profile's output folder; return it for display; `alt` as in `show`."""
+    """Write figures/NAME.png into the output folder of a profile, and return it as `show` does."""
     image = show(figure, alt)
     (output_folder("figures", profile) / f"{name}.png").write_bytes(image.data)
     return image

@@ -42,7 +42,7 @@ def variances(students: pd.DataFrame, optimizer: str = "sgd") -> Figure:
 
 @styled
 def gradient_lengths(gradients: Tensor) -> Figure:
-    """Draw the length of each sample's gradient (B, P) as a bar, longest first; a line at that of their mean."""
+    """Draw the length of each sample's gradient (B, P) as a bar, longest first, and that of their mean."""
     lengths = gradients.double().norm(dim=1).sort(descending=True).values.cpu()
     mean = gradients.double().mean(dim=0).norm().item()
     figure = new_figure(6.4, 2.8)

@@ -2,7 +2,7 @@
 
 from . import widgets
 from .accuracies import bars, confidence, panels, per_class
-from .attacks import leakage, neighbours, roc
+from .attacks import in_and_out, leakage, neighbours, roc
 from .clients import scenes, shard_grid, shards, skew
 from .images import attention, curves, emerging, foreground, frame, generated, one_of_each, places, schedule
 from .labels import overview, token_labels
@@ -31,6 +31,7 @@ __all__ = [
     "gaps",
     "generated",
     "gradient_lengths",
+    "in_and_out",
     "leakage",
     "neighbours",
     "noise_parts",

@@ -7,7 +7,7 @@
 # make tuning      results/tuning.csv, tuned.yaml: 20 trials a method and start; about 9 hours on 2 cores
 # make study       results/study.{csv,json}, the README's results: 2,620 runs; about 12 hours on 2 cores
 # make transfer    notebook 06's figure: starts that were pretrained for fewer and fewer steps, on five seeds
-# make theory      notebook 07's tables: gradient noise, stability and gaps, both starts, five seeds; about four hours on two cores
+# make theory      notebook 07's tables: gradient noise, stability and gaps, both starts, five seeds; about an hour and a half on two cores
 # make why         the table and figures of docs/why-it-works.md, on five seeds
 # make dp          results/dp.csv: accuracy against ε of differential privacy, on five seeds; about an hour and a half
 # make audit       notebook 08's tables: membership attacks over 64 shadow runs; about half an hour

@@ -5,17 +5,17 @@ scaled down to norm C where it is longer, and the step's gradient is
 
     ( Σ_i g_i · min(1, C / |g_i|) + N(0, (σ C)² I) ) / (q n).
 
-Gradients of single images are torch.func's, since hooks on layers, as Opacus' modules set them, miss a ViT's
-class token and position embedding. σ is Opacus' (`upload.privacy.noise_multiplier`).
+Gradients of single images are those of `core.gradients`, since hooks on layers, as Opacus' modules set them,
+miss a ViT's class token and position embedding. σ is Opacus' (`upload.privacy.noise_multiplier`).
 """
 
 from collections.abc import Callable
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch import Tensor
 
+from ..core.gradients import sample_gradients, trained
 from ..core.machine import device
 from ..core.optimizers import make_optimizer, make_schedule
 from ..data.tasks import Split
@@ -84,11 +84,6 @@ def fit_private(
             progress(1)
 
 
-def trained(vit: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that are trained, by name."""
-    return {name: weight for name, weight in vit.named_parameters() if weight.requires_grad}
-
-
 def clipped_gradients(
     vit: VisionTransformer, loss: Loss, images: Tensor, labels: Tensor, clip: float
 ) -> dict[str, Tensor]:
@@ -99,33 +94,9 @@ def clipped_gradients(
     sums = {name: torch.zeros_like(weight) for name, weight in trained(vit).items()}
     for start in range(0, len(images), AT_ONCE):
         part = slice(start, start + AT_ONCE)
-        each = image_gradients(vit, loss, images[part], labels[part])
+        each = sample_gradients(vit, loss, (images[part], labels[part]))
         square = sum(g.flatten(1).square().sum(1) for g in each.values())  # (B,)
         scale = (clip / square.sqrt()).clamp(max=1)
         for name, gradients in each.items():
             sums[name] += torch.einsum("b,b...->...", scale, gradients)
     return sums
-
-
-def image_gradients(vit: VisionTransformer, loss: Loss, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Compute the gradient of the loss of each image alone: for a weight of shape S, (B, *S)."""
-    model = _Loss(vit, loss)
-    weights = {f"vit.{name}": weight.detach() for name, weight in trained(vit).items()}
-
-    def of_one(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        return functional_call(model, weights, (image[None], label[None]))
-
-    # randomness: dropout differs between images, as it does in plain training
-    found = vmap(grad(of_one), in_dims=(None, 0, 0), randomness="different")(weights, images, labels)
-    return {name.removeprefix("vit."): value for name, value in found.items()}
-
-
-class _Loss(nn.Module):
-    """The loss as a module, whose weights torch.func can replace."""
-
-    def __init__(self, vit: VisionTransformer, loss: Loss) -> None:
-        super().__init__()
-        self.vit, self.loss = vit, loss
-
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        return self.loss(self.vit, images, labels)

@@ -2,7 +2,7 @@
 
 from . import widgets
 from .accuracies import bars, confidence, panels, per_class
-from .attacks import leakage, neighbours, roc
+from .attacks import in_and_out, leakage, neighbours, roc
 from .clients import client_images, scenes, shard_grid, shards, skew
 from .images import (
     animation,
@@ -20,7 +20,7 @@ from .labels import overview, token_labels
 from .methods import comparison, weights
 from .study import across_grounds, cell_differences, forest, pairing, tradeoffs
 from .style import save, save_animation, show
-from .theory import drift, gaps, noise_parts, patch_gradients, variances
+from .theory import drift, gaps, gradient_lengths, noise_parts, patch_gradients, variances
 from .trends import accuracy_against_epsilon, pretraining, projection, scaling
 from .why import errors, toy
 
@@ -43,6 +43,8 @@ __all__ = [
     "frame",
     "gaps",
     "generated",
+    "gradient_lengths",
+    "in_and_out",
     "leakage",
     "neighbours",
     "noise_parts",

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from .style import (
     BLACK,
@@ -55,6 +56,28 @@ def roc(points: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("true positive rate")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+    return figure
+
+
+@styled
+def in_and_out(records: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
+    """Draw scores of single records as dots, a row for each: with the record in training, and without.
+
+    records: name -> scores of the runs with it and of those without, of any length. Upright marks are means.
+    """
+    figure = new_figure(7, 0.9 + 0.6 * len(records))
+    axis = figure.subplots()
+    for row, sides in enumerate(records.values()):
+        for scores, color, lift in zip(sides, (VERMILLION, BLUE), (-0.13, 0.13), strict=True):
+            axis.plot(scores, np.full(len(scores), row + lift), "o", ms=4, alpha=0.6, color=color, mew=0)
+            axis.plot(scores.mean(), row + lift, "|", ms=16, mew=2, color=color)
+    axis.set_yticks(range(len(records)), list(records))
+    axis.set(ylim=(len(records) - 0.5, -0.5), xlabel="score φ of the model")
+    handles = [
+        Line2D([], [], ls="", marker="o", color=color, label=name)
+        for color, name in ((VERMILLION, "in the training data"), (BLUE, "not in it"))
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2)
     return figure
 
 

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from torch import Tensor
 
 from ..theory.gradients import GradientNoise
 from ..theory.patches import GROUPS
@@ -36,6 +37,20 @@ def variances(students: pd.DataFrame, optimizer: str = "sgd") -> Figure:
         axis.grid(axis="y", which="both", alpha=0.2)
     axes[0].set_ylabel("gradient variance σ² (geometric mean over seeds)")
     _draw_key(figure)
+    return figure
+
+
+@styled
+def gradient_lengths(gradients: Tensor) -> Figure:
+    """Draw the length of each sample's gradient (B, P) as a bar, longest first, and that of their mean."""
+    lengths = gradients.double().norm(dim=1).sort(descending=True).values.cpu()
+    mean = gradients.double().mean(dim=0).norm().item()
+    figure = new_figure(6.4, 2.8)
+    axis = figure.subplots()
+    axis.bar(range(1, len(lengths) + 1), lengths, color=SKY, label="one sample")
+    axis.axhline(mean, color=VERMILLION, lw=1.6, label="their mean")
+    axis.set(xlabel="samples, longest gradient first", ylabel="length of the gradient")
+    axis.legend(loc="upper right")
     return figure
 
 

@@ -6,8 +6,9 @@ and without it comes from them. Arrays: scores φ (R, n, Q) of R runs, n records
 image and moved copies of it); member (R, n), true where a record was in a run's data. Every attack returns
 (R, n), the higher the more surely a member.
 
-LiRA: Carlini et al., "Membership inference attacks from first principles", IEEE S&P 2022. RMIA: Zarifzadeh et
-al., "Low-cost high-power membership inference attacks", ICML 2024.
+LiRA: Carlini et al., "Membership inference attacks from first principles", IEEE S&P 2022, arXiv 2112.03570.
+RMIA: Zarifzadeh, Liu & Shokri, "Low-cost high-power membership inference attacks", ICML 2024, arXiv
+2312.03262.
 """
 
 import numpy as np
@@ -19,8 +20,11 @@ from ..core.rng import derive_seed
 
 FLOOR = 1e-6  # least standard deviation of scores: those of a model that was not trained do not vary at all
 OWN_VARIANCE = 64  # runs from which on each record has a variance of its own, as Carlini et al. advise
-GAMMA = 2.0  # RMIA: by how much a record must be likelier than one of the population
-OFFLINE = 0.3  # RMIA: a, which stands in for runs on the record; its authors' value for CIFAR-10
+# RMIA: by how much a record must be likelier than one of the population. 2 in the code of its paper
+# (privacytrustlab/ml_privacy_meter, research/2023_rmia); the authors' later tool has 1.
+GAMMA = 2.0
+# RMIA: a, by which p_in ≈ a·p_out + 1 − a. That code has 0.33 for CIFAR-10, 0.6 for CIFAR-100; the tool 0.3.
+OFFLINE = 0.3
 
 
 def lira(scores: np.ndarray, member: np.ndarray, online: bool = True) -> np.ndarray:
@@ -29,9 +33,12 @@ def lira(scores: np.ndarray, member: np.ndarray, online: bool = True) -> np.ndar
         online:  log N(φ; μ_in, σ_in²) − log N(φ; μ_out, σ_out²)
         offline: (φ − μ_out) / σ_out
 
-    with μ and σ of a record's scores in the shadow runs with it (in) and without (out). Offline is the
-    logarithm-free form of the paper's one-sided test and orders records alike. With fewer than
-    `OWN_VARIANCE` runs, σ is pooled over records. Raises BadInput where a record has too few runs.
+    with μ and σ of a record's scores in the shadow runs with it (in) and without (out). For one query the
+    offline score orders records as the paper's one-sided test does, Pr[N(μ_out, σ_out²) < φ]. With fewer than
+    `OWN_VARIANCE` runs, σ is pooled over records. The authors' code (tensorflow/privacy,
+    research/mi_lira_2021) differs: medians for μ, its pooled σ holds the spread between records too, and its
+    offline score is log N(φ; μ_out, σ_out²), which is two-sided. Raises BadInput where a record has too few
+    runs.
     """
     check(scores, member)
     mean_out, std_out = _moments(scores, ~member)
@@ -93,7 +100,8 @@ def rmia(scores: np.ndarray, population: np.ndarray, member: np.ndarray) -> np.n
 
     p(x) = 1/(1 + e^−φ), the probability of x's label under the target; p_out its mean over the shadow runs
     without x; z is drawn from a population that no run was trained on. scores and population (R, m, Q) must
-    be `margins`; γ and a are `GAMMA` and `OFFLINE`.
+    be `margins`; γ and a are `GAMMA` and `OFFLINE`. p is the plain softmax, as in the authors' later tool;
+    the code of the paper has a Taylor softmax of tempered logits and a trimmed mean.
     """
     check(scores, member)
     ratio = _ratio(scores, ~member)

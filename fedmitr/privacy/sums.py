@@ -63,12 +63,13 @@ def believed(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Te
 
 
 def log_leverage(gram: Tensor, features: Tensor) -> Tensor:
-    """Compute log tr(G⁺ M) (n,), M the mean over views of f fᵀ: at most 0 for whoever is in the sum.
+    """Compute log tr(G⁺ M) (n,), M the mean over 1 + V views of f fᵀ: small for whoever is in the sum.
 
-    Were f in the sum, G − f fᵀ would be a sum of squares too, so fᵀ G⁻¹ f ≤ 1. Whoever is not in it has more
-    where G has no image in f's direction: with fewer images than features nearly everyone. gram (D, D),
-    features (n, 1 + V, D). Eigenvalues are raised to `SMALLEST` of their mean, or to the size of the most
-    negative one, which only noise makes.
+    Were M in the sum, G − M would be a sum of squares too. So tr(G⁺ M) is at most the rank of M: 1 for an
+    image alone, 1 + V with its moved copies. Whoever is not in it has more where G has no image in f's
+    direction: with fewer images than features nearly everyone. gram (D, D), features (n, 1 + V, D).
+    Eigenvalues are raised to `SMALLEST` of their mean, or to the size of the most negative one, which only
+    noise makes.
     """
     values, vectors = torch.linalg.eigh(gram)
     floor = torch.maximum(SMALLEST * values.mean().abs(), -values.min()).clamp(min=1e-300)

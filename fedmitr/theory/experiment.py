@@ -3,18 +3,22 @@
     python -m fedmitr.theory.experiment
 
 From both starts and on five seeds, FedMITR's student is trained on {sparse, dense} inversion × {distillation
-alone, pseudo-label tokens, relabel}, once by plain SGD, which the theorems are about, and once as the package
-does. Beside it train students on sets in which one image is another. At some steps all of the theory's
-quantities are measured. Dense inversion has no stopped patches: what is relabelled there are as many patches
-as a sparse one would stop, those that CLS attends to least in the finished image.
+alone, pseudo-label tokens, relabel}, once by plain SGD, which the theorems are about, and once by the
+package's AdamW. Beside SGD's students train others on sets in which one image is another. Dense inversion has
+no stopped patches: what is relabelled there are as many patches as a sparse one would stop, those that CLS
+attends to least in the finished image.
+
+What is measured is reduced to a time of about an hour and a half on two cores: students take `STEPS` steps,
+and are measured at the shares `SHARES` of them. A gradient's variance is that of `SAMPLES` views drawn at
+random, with its standard error beside it. Patch gradients are those of `WATCHED` images.
 
 Every trajectory is kept in the store, so the same command goes on where it was stopped.
 """
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,28 +48,31 @@ from ..upload import Upload
 from ..vision.vit import weights_digest
 from .patches import PatchGradients
 from .stability import curvature
-from .students import RATE, SAMPLES, loss_of, masked, measure, prepare, students, subset
+from .students import RATE, SAMPLES, Material, loss_of, masked, measure, prepare, students, subset
 
 STARTS = ("vit_micro_early", "vit_micro")
 INVERSIONS = ("sparse", "dense")
 LABELS = {"distillation": "none", "pseudo-label tokens": "pseudo", "relabel": "relabel"}  # relabel.mode
 OPTIMIZERS = ("sgd", "adamw")
-SHARES = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of the student's steps: when it is measured
-REPLACED = 2  # images that are replaced, each in a set of its own
-HELD_OUT = 200  # synthetic images that the student does not see, beside those that replace one
+STEPS = 160  # of a student, at most
+SHARES = (0, 1 / 16, 1 / 4, 1 / 2, 1)  # of the student's steps: when it is measured
+REPLACED = 2  # images that are replaced, each in a set of its own; SGD's students alone have such twins
+HELD_OUT = 100  # synthetic images that the student does not see, beside those that replace one
+WATCHED = 64  # images whose gradient is followed through the inversion
 # As in the protocol's panel of FedMITR's components; float32, so that small distances are no rounding.
 SHARED = {"inversion.mask": "survivors", "relabel.head": "shared", "distill.precision": "fp32"}
 NO_STOPS = {"inversion.stop_at": [], "inversion.stop_ratio": []}
-FORMAT = 1  # raised when the same settings are measured otherwise
+FORMAT = 2  # raised when the same settings are measured otherwise
 WHERE = ("start", "seed", "inversion", "labels", "images", "optimizer", "step")
 MEASURED = (
     "rate",  # of SGD
-    "variance",  # of the gradient over samples, and its parts
+    "variance",  # of the gradient over samples; its parts are from_images and from_labels
+    "variance_error",  # its standard error over the samples
     "from_images",
     "from_labels",
     "signal",  # ‖E g‖²
     "curvature",  # β, of SGD's student
-    "distance",  # ‖θ − θ'‖, mean over the images that are replaced
+    "distance",  # ‖θ − θ'‖, mean over the images that are replaced; of SGD's students, as the next two
     "loss_distance",  # |ℓ(θ; ξ) − ℓ(θ'; ξ)|, mean over held-out images ξ
     "loss_distance_max",  # its largest value over them
     "train",  # the student's own loss
@@ -112,12 +119,11 @@ def theory(
     kept = Store(store or default_store())
     grid = [settings_of(start, seed, profile, overrides) for start in starts for seed in seeds]
     train_clients(check_all([("fedmitr", s) for s in grid], kept), kept)
-    inversions = list(product(grid, INVERSIONS))
-    students = list(product(grid, cells))
+    students = list(product(grid, _with_one_pool(cells)))
     found: dict[str, dict[int, list[dict[str, Any]]]] = {"inversions": {}, "students": {}}
-    with progress(len(inversions) + len(students), "theory", "part") as bar:
+    with progress(len(grid) + len(students), "theory", "part") as bar:
         for stage, work, items, columns in (
-            ("inversions", _patch_rows, inversions, PATCH_COLUMNS),
+            ("inversions", _patch_rows, grid, PATCH_COLUMNS),
             ("students", _student_rows, students, COLUMNS),
         ):
             for index, rows in parallel(partial(work, kept), items):
@@ -132,9 +138,10 @@ def theory(
 def settings_of(
     start: str | None, seed: int, profile: str = "laptop", overrides: Mapping[str, Any] | None = None
 ) -> Settings:
-    """Return the settings of a start, None for the profile's, and a seed.
+    """Return the settings of a start, None for the profile's, and a seed; of `STEPS` steps at most.
 
-    Raises BadInput for settings under which nothing can be measured.
+    Steps in `overrides` are taken as they are. Raises BadInput for settings under which nothing can be
+    measured.
     """
     own = {**SHARED, **(overrides or {}), "seed": seed}
     own |= {"model.name": start} if start else {}
@@ -146,7 +153,8 @@ def settings_of(
     for name in ("ce_weight", "calibrate"):
         if value := getattr(s.distill, name):
             raise BadInput(f"distill.{name}={value} is no part of FedMITR's loss: allowed is 0")
-    return s
+    steps = own.get("distill.steps", min(s.distill.steps, STEPS))
+    return s.changed({"distill.steps": steps})
 
 
 def inversion_file(out: Path) -> Path:
@@ -178,34 +186,33 @@ def inverted_as(settings: Settings, inversion: str) -> Settings:
     return settings.changed(NO_STOPS) if inversion == "dense" else settings
 
 
-def _patch_rows(store: Store, item: tuple[Settings, str]) -> list[dict[str, Any]]:
-    """Return the rows of the first batch of an inversion; all its batches are then in the store, too."""
-    settings, inversion = item
-    experiment = Experiment(settings, store)
-    uploads = experiment.uploads_for("fedmitr")
-    under = inverted_as(settings, inversion)
-    for one in (under, held_out_settings(under)):
-        synthetic_set(uploads, one, store)
-    where = {"start": settings.model.name, "seed": settings.seed, "inversion": inversion}
-    sparse_key = inversion_keys(uploads, settings)[0]
-    key = fingerprint("theory_inversion", FORMAT, inversion_keys(uploads, under)[0], sparse_key)
-    rows = _stored(store, "theory_inversion", key, lambda: patch_rows(uploads, settings, under, store))
-    return [where | row for row in rows]
+def _patch_rows(store: Store, settings: Settings) -> list[dict[str, Any]]:
+    """Return the rows of both inversions of a start and seed; their images are then in the store, too."""
+    uploads = Experiment(settings, store).uploads_for("fedmitr")
+    for inversion in INVERSIONS:
+        under = inverted_as(settings, inversion)
+        for one in (under, held_out_settings(under)):
+            synthetic_set(uploads, one, store)
+    key = fingerprint("theory_inversion", FORMAT, WATCHED, inversion_keys(uploads, settings)[0])
+    rows = _stored(store, "theory_inversion", key, lambda: patch_rows(uploads, settings))
+    return [{"start": settings.model.name, "seed": settings.seed} | row for row in rows]
 
 
-def patch_rows(
-    uploads: Sequence[Upload], settings: Settings, under: Settings, store: Store
-) -> list[dict[str, Any]]:
-    """Invert the first batch again under other settings, and return the curves of its gradient by patch.
+def patch_rows(uploads: Sequence[Upload], settings: Settings) -> list[dict[str, Any]]:
+    """Invert `WATCHED` images sparsely and densely; return the curves of their gradient by patch.
 
-    Which patches survive is decided by the sparse inversion of `settings`: the same labels from the same
-    noise, so that both are the same until the first stop.
+    Both inversions have the same labels and noise, so they are the same until the first stop. Which patches
+    survive is decided by the sparse one.
     """
-    survivors = synthetic_set(uploads, settings, store, first=1).mask  # (B, N)
-    ensemble, watch = build_ensemble(uploads, settings), PatchGradients()
-    labels = label_batches(under.inversion, held_classes(uploads), under.seed)[0].to(device())
-    invert(ensemble, labels, under.inversion, derive_seed(under.seed, "batch", 0), recorded=0, watch=watch)
-    return watch.curves(survivors)
+    count = min(WATCHED, settings.inversion.images)
+    few = settings.changed({"inversion.images": count, "inversion.batch_size": count})
+    ensemble, seed = build_ensemble(uploads, few), derive_seed(few.seed, "batch", 0)
+    labels = label_batches(few.inversion, held_classes(uploads), few.seed)[0].to(device())
+    watched = {name: PatchGradients() for name in INVERSIONS}
+    for name, watch in watched.items():
+        invert(ensemble, labels, inverted_as(few, name).inversion, seed, recorded=0, watch=watch)
+    survivors = ~watched["sparse"].norms[-1].isnan()  # (B, N)
+    return [{"inversion": name} | row for name, watch in watched.items() for row in watch.curves(survivors)]
 
 
 # The students.
@@ -218,49 +225,71 @@ def held_out_settings(settings: Settings) -> Settings:
     return settings.changed({"seed": seed, "inversion.images": count, "inversion.batch_size": count})
 
 
-def _student_rows(store: Store, item: tuple[Settings, Cell]) -> list[dict[str, Any]]:
-    settings, cell = item
-    experiment = Experiment(settings, store)
+def _with_one_pool(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Group cells whose students learn from the same labelled images, which are then labelled once."""
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.inversion, cell.labels), []).append(cell)
+    return list(groups.values())
+
+
+def _student_rows(store: Store, item: tuple[Settings, Sequence[Cell]]) -> list[dict[str, Any]]:
+    """Return the rows of cells that share their labelled images."""
+    settings, cells = item
+    experiment, found = Experiment(settings, store), []
     uploads = experiment.uploads_for("fedmitr")
+    pool_of = cache(partial(material_of, experiment, uploads, *cells[0][:2]))  # by Cell.divided
     constants = [FORMAT, RATE, SHARES, REPLACED, SAMPLES, HELD_OUT]
-    made_by = [inversion_keys(uploads, inverted_as(settings, cell.inversion)), settings.model_dump()]
-    key = fingerprint("theory", constants, made_by, weights_digest(settings.model), cell)
-    rows = _stored(store, "theory", key, lambda: student_rows(experiment, uploads, cell))
-    images = settings.inversion.images // cell.divided
-    where = {"start": settings.model.name, "seed": settings.seed, "inversion": cell.inversion}
-    where |= {"labels": cell.labels, "images": images, "optimizer": cell.optimizer}
-    return [where | row for row in rows]
+    for cell in cells:
+        made_by = [inversion_keys(uploads, inverted_as(settings, cell.inversion)), settings.model_dump()]
+        key = fingerprint("theory", constants, made_by, weights_digest(settings.model), cell)
+        rows = _stored(store, "theory", key, partial(student_rows, experiment, uploads, cell, pool_of))
+        where = {"start": settings.model.name, "seed": settings.seed, "inversion": cell.inversion}
+        where |= {"labels": cell.labels, "images": settings.inversion.images // cell.divided}
+        found += [where | {"optimizer": cell.optimizer} | row for row in rows]
+    return found
 
 
-def student_rows(experiment: Experiment, uploads: Sequence[Upload], cell: Cell) -> list[dict[str, Any]]:
-    """Train a cell's students side by side and return a row for each step at which they are measured."""
-    settings = experiment.settings.changed({"relabel.mode": LABELS[cell.labels]})
+def material_of(
+    experiment: Experiment, uploads: Sequence[Upload], inversion: str, labels: str, divided: int
+) -> Material:
+    """Label what the students of a cell learn from and are measured on."""
+    settings = experiment.settings.changed({"relabel.mode": LABELS[labels]})
     ensemble, start = build_ensemble(uploads, settings), student_start(uploads, settings)
-    under, test = inverted_as(settings, cell.inversion), experiment.task.test
+    under, test = inverted_as(settings, inversion), experiment.task.test
     sets = [synthetic_set(uploads, one, experiment.store) for one in (under, held_out_settings(under))]
     train, held = (masked(ensemble, one, settings) for one in sets)
-    material = prepare(
-        start,
-        ensemble,
-        subset(train, torch.arange(len(train) // cell.divided)),
+    parts = (
+        subset(train, torch.arange(len(train) // divided)),
         subset(held, torch.arange(REPLACED)),
         subset(held, torch.arange(REPLACED, len(held))),
-        (test.images.to(device()), test.labels.to(device())),
-        settings,
     )
+    return prepare(start, ensemble, *parts, (test.images.to(device()), test.labels.to(device())), settings)
+
+
+def student_rows(
+    experiment: Experiment, uploads: Sequence[Upload], cell: Cell, pool_of: Callable[[int], Material]
+) -> list[dict[str, Any]]:
+    """Train a cell's students side by side and return a row for each step at which they are measured.
+
+    pool_of: from `Cell.divided` to the material of the cell. SGD's student has twins, whose sets differ from
+    its own in one image.
+    """
+    settings = experiment.settings.changed({"relabel.mode": LABELS[cell.labels]})
+    start, material, sgd = student_start(uploads, settings), pool_of(cell.divided), cell.optimizer == "sgd"
     steps = sorted({round(share * settings.distill.steps) for share in SHARES})
     runs = [
         students(copy.deepcopy(start), pool, steps, settings, cell.optimizer)
-        for pool in (material.pool, *material.others)
+        for pool in (material.pool, *(material.others if sgd else ()))
     ]
     rows = []
     for step, student, *others in zip(steps, *runs, strict=True):
         row = measure(student, others, material, settings.distill, settings.relabel)
-        if cell.optimizer == "sgd":
+        if sgd:
             part = tuple(column[: SAMPLES // 2] for column in material.pool)
             beta = curvature(student, loss_of(settings.distill, settings.relabel), part, seed=settings.seed)
             row |= {"rate": RATE, "curvature": beta}
-        rows.append({"step": step, **row, "accuracy": accuracy(student, test)})
+        rows.append({"step": step, **row, "accuracy": accuracy(student, experiment.task.test)})
     return rows
 
 

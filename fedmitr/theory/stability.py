@@ -6,8 +6,10 @@ For a loss whose gradient changes by at most β for a step of length one, Hardt,
     δ_{t+1} ≤ (1 + α_t β) δ_t + α_t E‖g(θ_t; ξ) − g(θ_t; ξ')‖ / n,      δ_t = E‖θ_t − θ'_t‖,
 
 where ξ and ξ' are the samples that differ: a step contains one of them with probability 1/n. A convex loss
-with α_t ≤ 2/β has 1 in place of 1 + α_t β. They bound the last term by 2L/n with a Lipschitz constant L; of
-independent samples it is at most √2 σ(θ_t) / n (`gradients`), which is what data-dependent bounds use.
+with α_t ≤ 2/β has 1 in place of 1 + α_t β. They bound the last term by 2L/n with a Lipschitz constant L. Of
+independent samples it is at most √2 σ(θ_t) / n (`gradients`), which is used here. Kuzborskij & Lampert (2018)
+prove data-dependent bounds: for convex losses with the gradient's variance and the risk at the start, for
+others with the expected curvature around the start.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,16 +17,16 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp
+from torch.func import grad, jvp
 
+from ..core.gradients import Loss, loss_at, trained
 from ..core.rng import make_rng
 from ..server.views import Batch
-from .gradients import Evaluated, Loss
 
 
 def descend(model: nn.Module, loss: Loss, batches: Iterable[Batch], rate: float) -> nn.Module:
     """Take one step of plain SGD on each batch, in place: no momentum, no decay, no clipping."""
-    weights = [p for p in model.parameters() if p.requires_grad]
+    weights = list(trained(model).values())
     for rows in batches:
         gradients = torch.autograd.grad(loss(model, *rows), weights, allow_unused=True)
         with torch.no_grad():
@@ -54,9 +56,9 @@ def curvature(model: nn.Module, loss: Loss, rows: Batch, iterations: int = 10, s
 
     By power iteration, each a product of the Hessian with a vector; the estimate is from below.
     """
-    evaluated = Evaluated(model, loss)
-    weights = evaluated.weights
-    gradient = grad(lambda w: functional_call(evaluated, w, tuple(rows)))
+    weights = {name: w.detach() for name, w in trained(model).items()}
+    of = loss_at(model, loss)
+    gradient = grad(lambda w: of(w, *rows))
     rng = make_rng(seed, "curvature")
     vector = {name: torch.randn(w.shape, generator=rng).to(w) for name, w in weights.items()}
     length = 0.0

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..core.gradients import Loss
 from ..core.rng import make_rng
 from ..server.distill import distill_loss, student_optimizer, train_student, view_labeller
 from ..server.ensemble import Ensemble
@@ -21,11 +22,11 @@ from ..server.views import Batch, draw_views, epochs, rows_of
 from ..settings import Settings
 from ..settings.schema import DistillSettings, RelabelSettings
 from ..vision.tokens import images_at_once
-from .gradients import Loss, average_labels, gradient_noise, sample_losses
+from .gradients import average_labels, gradient_noise, sample_losses
 from .stability import descend, distance, replace_sample
 
 RATE = 0.01  # of SGD: below 2/β, so that on a convex loss its steps would move no two students apart
-SAMPLES = 128  # views on which a gradient's variance is measured
+SAMPLES = 64  # of the views, drawn at random: on them a gradient's variance is measured
 NO_TOKENS = RelabelSettings(mode="none")
 
 
@@ -132,22 +133,29 @@ def measure(
     distill: DistillSettings,
     relabel: RelabelSettings,
 ) -> dict[str, float]:
-    """Measure a student, and how far those lie that had one image replaced.
+    """Measure a student, and how far those lie that had one image replaced; NaN where there are none.
 
-    Losses on training images are of one view of each, on average over views those that were trained on.
+    The variance is that of the first `SAMPLES` views, whose order is random. Losses on training images are of
+    one view of each, on average over views those that were trained on.
     """
     loss, alone = loss_of(distill, relabel), loss_of(distill, NO_TOKENS)
     some = tuple(column[:SAMPLES] for column in material.pool)
     noise = gradient_noise(student, loss, some, average_labels(some, distill.temperature))
     first = tuple(column[: len(material.samples.unique())] for column in material.pool)  # the first epoch
     own = sample_losses(student, loss, material.held_out)  # (n,)
-    apart = torch.stack([(sample_losses(s, loss, material.held_out) - own).abs() for s in others])  # (R, n)
+    apart = torch.full((1, len(own)), torch.nan)
+    if others:
+        apart = torch.stack(
+            [(sample_losses(s, loss, material.held_out) - own).abs() for s in others]
+        )  # (R, n)
+    far = [distance(student, other) for other in others]
     return {
         "variance": noise.variance,
+        "variance_error": noise.error,
         "from_images": noise.images,
         "from_labels": noise.labels,
         "signal": noise.signal,
-        "distance": sum(distance(student, other) for other in others) / len(others),
+        "distance": sum(far) / len(far) if far else float("nan"),
         "loss_distance": apart.mean().item(),
         "loss_distance_max": apart.mean(dim=0).max().item(),
         "train": sample_losses(student, loss, first).mean().item(),

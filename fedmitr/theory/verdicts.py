@@ -88,10 +88,11 @@ def card(
     """
     rows = []
     for step in _steps(students, inversions, start, optimizer):
-        pairs = [pair for pair in step.pairs if set(pair) <= set(step.scores)]
+        scores = step.scores.dropna(axis=1, how="all")  # AdamW's students have no twins to be compared with
+        pairs = [pair for pair in step.pairs if set(pair) <= set(scores)]
         if not pairs:
             continue
-        found = differences(step.scores, pairs, level)
+        found = differences(scores, pairs, level)
         for (more, less), row in found.iterrows():
             low, high = row["low Holm"], row["high Holm"]
             said = _said(row["difference"], low, high, step.ratio)

@@ -12,8 +12,9 @@ from torch import nn
 
 import fedmitr as fm
 from fedmitr.client import private as module
-from fedmitr.client.private import clipped_gradients, fit_private, image_gradients, training_noise
+from fedmitr.client.private import clipped_gradients, fit_private, training_noise
 from fedmitr.client.train import local_loss, local_steps, train_client
+from fedmitr.core.gradients import sample_gradients
 from fedmitr.core.rng import make_rng
 from fedmitr.data.tasks import Split
 from fedmitr.settings.schema import ClientSettings
@@ -56,7 +57,7 @@ def test_gradients_of_images_are_those_of_a_backward_pass_each(
         monkeypatch.setattr("fedmitr.vision.attention.SHORT", 1)
     settings = ClientSettings(token_weight=token_weight, label_smoothing=0.1)
     loss = partial(local_loss, settings=settings)
-    found = image_gradients(vit, loss, shard.images, shard.labels)
+    found = sample_gradients(vit, loss, (shard.images, shard.labels))
     wanted = one_by_one(vit, loss, shard.images, shard.labels)
     assert found.keys() == wanted.keys() and {"cls_token", "pos_embed"} <= set(found)
     for name in wanted:
@@ -71,7 +72,7 @@ def test_gradients_of_images_are_those_of_opacus_where_its_hooks_reach():
     images, labels = torch.randn(7, 1, 2, 3), torch.randint(3, (7,))
     hooked = GradSampleModule(copy.deepcopy(model), loss_reduction="sum")
     F.cross_entropy(hooked(images), labels, reduction="sum").backward()
-    found = image_gradients(model, lambda m, x, y: F.cross_entropy(m(x), y), images, labels)
+    found = sample_gradients(model, lambda m, x, y: F.cross_entropy(m(x), y), (images, labels))
     for name, weight in hooked._module.named_parameters():
         torch.testing.assert_close(found[name], weight.grad_sample, rtol=1e-5, atol=1e-6)
 

@@ -36,6 +36,15 @@ def test_a_curve_begins_where_it_leaves_zero(points, drawn):
     assert min(line.get_xdata()) >= 1e-2
 
 
+def test_scores_of_a_record_are_dots_on_both_sides_with_their_means(drawn):
+    records = {"first": (np.array([1.0, 3.0]), np.array([0.0])), "second": (np.array([5.0]), np.array([4.0]))}
+    axis = drawn(figures.in_and_out(records)).axes[0]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["first", "second"]
+    dots = [line.get_xdata().tolist() for line in axis.lines if line.get_marker() == "o"]
+    means = [np.ravel(line.get_xdata()).tolist() for line in axis.lines if line.get_marker() == "|"]
+    assert dots == [[1.0, 3.0], [0.0], [5.0], [4.0]] and means == [[2.0], [0.0], [5.0], [4.0]]
+
+
 def test_leakage_is_drawn_over_images_with_the_number_of_features(drawn):
     table = pd.DataFrame({"images": [50, 200], "auc": [1.0, 0.8], "tpr": [1.0, 0.3]})
     width, auc, tpr = drawn(figures.leakage(table, 192)).axes[0].lines

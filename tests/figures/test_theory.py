@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.colors import to_hex
 from theory_tables import STEPS, invented_inversions, invented_students
 
@@ -28,11 +29,21 @@ def test_variances_are_geometric_means_over_seeds(students, drawn):
 
 
 def test_parts_of_a_variance_are_bars(drawn):
-    noises = {"sparse": GradientNoise(3.0, 1.0, 2.0, 1.5), "dense": GradientNoise(4.0, 1.0, 1.0, 2.0)}
+    noises = {
+        "sparse": GradientNoise(3.0, 0.1, 1.0, 2.0, 1.5),
+        "dense": GradientNoise(4.0, 0.1, 1.0, 1.0, 2.0),
+    }
     axis = drawn(figures.noise_parts(noises)).axes[0]
     widths = [bar.get_width() for bar in axis.patches]
     assert widths == [3.0, 2.0, 1.5, -0.5, 4.0, 1.0, 2.0, 1.0]
     assert [t.get_text() for t in axis.get_yticklabels()] == ["sparse", "dense"]
+
+
+def test_lengths_of_gradients_are_bars_and_that_of_their_mean_a_line(drawn):
+    gradients = torch.tensor([[3.0, 0.0], [0.0, 4.0], [-3.0, 0.0]])  # their mean is (0, 4/3)
+    axis = drawn(figures.gradient_lengths(gradients)).axes[0]
+    assert [bar.get_height() for bar in axis.patches] == [4.0, 3.0, 3.0]
+    assert np.allclose(axis.lines[0].get_ydata(), 4 / 3)
 
 
 def test_patch_gradients_end_where_patches_stop(drawn):

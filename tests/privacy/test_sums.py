@@ -71,6 +71,15 @@ def test_members_have_a_leverage_of_one_at_most_and_others_far_more_where_images
     assert (found[::2] < 1e-4).all() and (found[1::2] > 5).all()
 
 
+def test_members_have_a_leverage_of_their_number_of_views_at_most():
+    """G is a sum of means over views, so a member's part of it has the rank of its views."""
+    features = torch.randn(6, 3, 40, generator=torch.Generator().manual_seed(0)).double()  # three views each
+    gram = torch.einsum("nvd,nve->de", features[:5], features[:5]) / 3
+    found = log_leverage(gram, features).exp()
+    assert torch.allclose(found[:5], torch.full((5,), 3.0).double(), rtol=1e-3)  # 15 < 40: the bound is met
+    assert found[5] > 100
+
+
 def test_leverage_is_the_hat_value_of_least_squares_where_images_are_many():
     features, _ = random_features((40, 60), 8, seed=0)
     hat = features @ torch.linalg.inv(features.T @ features) @ features.T

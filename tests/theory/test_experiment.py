@@ -71,13 +71,16 @@ def material(made, settings):
 def test_rows_are_those_of_the_plan(tables):
     rows, inversions = tables
     assert list(rows.columns) == list(COLUMNS) and list(inversions.columns) == list(PATCH_COLUMNS)
-    assert rows["step"].tolist() == [0, 1, 2, 3, 6] * 3
-    assert rows["images"].tolist() == [20] * 10 + [5] * 5
-    assert (rows.loc[rows["step"] == 0, ["distance", "loss_distance"]] == 0).all().all()
-    assert (rows.loc[rows["step"] == 6, "distance"] > 0).all()
+    steps = rows["step"].unique().tolist()
+    assert rows["step"].tolist() == steps * 3 and (steps[0], steps[-1]) == (0, 6)
+    assert rows["images"].tolist() == [20] * len(steps) + [5] * len(steps) + [20] * len(steps)
     sgd = rows["optimizer"] == "sgd"
-    assert (rows.loc[sgd, "rate"] == RATE).all() and rows.loc[~sgd, ["rate", "curvature"]].isna().all().all()
-    assert rows.drop(columns=["rate", "curvature"]).notna().all().all()
+    assert (rows.loc[sgd & (rows["step"] == 0), ["distance", "loss_distance"]] == 0).all().all()
+    assert (rows.loc[sgd & (rows["step"] == 6), "distance"] > 0).all()
+    twins = ["rate", "curvature", "distance", "loss_distance", "loss_distance_max"]
+    assert (rows.loc[sgd, "rate"] == RATE).all() and rows.loc[~sgd, twins].isna().all().all()
+    assert rows.loc[sgd].notna().all().all() and rows.drop(columns=twins).notna().all().all()
+    assert (rows["variance_error"] > 0).all() and (rows["variance_error"] < rows["variance"]).all()
     assert len(inversions) == 2 * 5 * 2  # inversions, iterations, groups
 
 
@@ -188,3 +191,20 @@ def test_settings_that_cannot_be_measured_are_refused(changes, name, one_line):
 def test_the_command_keeps_trials_out_of_the_shipped_table():
     done = CliRunner().invoke(main, ["--profile", "smoke"])
     assert done.exit_code == 1 and "--out" in done.output
+
+
+def test_students_take_a_stated_number_of_steps_at_most():
+    assert settings_of(START, 0).distill.steps == module.STEPS < 400
+    assert settings_of(START, 0, "smoke", SMALL_SETTINGS).distill.steps == 6
+    assert settings_of(START, 0, overrides={"distill.steps": 400}).distill.steps == 400
+
+
+def test_cells_that_share_their_images_are_labelled_once(folder, monkeypatch):
+    made, labelled = [], module.material_of
+    monkeypatch.setattr(module, "material_of", lambda *given: made.append(given[2:]) or labelled(*given))
+    cells = [Cell("sparse", "distillation", optimizer) for optimizer in module.OPTIMIZERS]
+    few = SMALL_SETTINGS | {"distill.steps": 2}
+    rows, _ = theory(few, "smoke", [START], [0], cells, folder / "store")
+    assert made == [("sparse", "distillation", 1)] and set(rows["optimizer"]) == set(module.OPTIMIZERS)
+    first = rows[rows["step"] == 0].drop(columns=["optimizer", "rate", "curvature"])
+    assert first["variance"].nunique() == 1  # one start and one set of images

@@ -1,5 +1,6 @@
 """gradients.py: one backward a sample, closed forms on a linear model, the split into images and labels."""
 
+import copy
 from functools import partial
 
 import numpy as np
@@ -11,12 +12,11 @@ from fedmitr.server.distill import distill_loss
 from fedmitr.settings.schema import DistillSettings, RelabelSettings
 from fedmitr.theory.gradients import (
     FEW,
-    Moments,
     average_labels,
+    deviations,
     gradient_noise,
     sample_gradients,
     sample_losses,
-    transformable,
 )
 
 HOW = DistillSettings(temperature=2.0, token_weight=0.3)
@@ -42,7 +42,7 @@ def one_backward_each(model, loss, rows):
 
 @pytest.fixture
 def student(micro):
-    return transformable(micro).requires_grad_(True)
+    return copy.deepcopy(micro).requires_grad_(True)
 
 
 @pytest.mark.parametrize("mode", ["none", "relabel"])
@@ -105,27 +105,23 @@ def test_a_linear_model_has_the_variance_of_its_closed_form(linear):
     truth = torch.tensor([1.0, 0.0, 1.5, -0.5, 0.0]).double()
     y = x @ truth + spread * torch.randn(len(x), generator=rng).double()
     gap = (linear.weight[0] - truth).square().sum().item()
-    moments = Moments()
-    for part in zip(x.split(20_000), y.split(20_000), strict=True):
-        moments.add(sample_gradients(linear, squared, part).detach())
-    assert np.isclose(moments.variance, (5 + 1) * gap + spread**2 * 5, rtol=0.03)
-    assert np.isclose(moments.signal, gap, rtol=0.03)
+    assert len(x) > FEW
+    vectors = sample_gradients(linear, squared, (x, y)).detach()
+    variance = deviations(vectors).mean().item()
+    assert np.isclose(variance, (5 + 1) * gap + spread**2 * 5, rtol=0.03)
+    noise = gradient_noise(linear, squared, (x, y), (x, torch.full_like(y, y.mean().item())))
+    assert np.isclose(noise.variance, variance) and np.isclose(noise.signal, gap, rtol=0.03)
 
 
-def test_moments_do_not_depend_on_the_parts(linear, points):
+def test_the_standard_error_is_the_spread_of_estimates_from_other_samples():
+    rng = torch.Generator().manual_seed(2)
+    draws = torch.randn(2000, 50, 3, generator=rng).double()  # estimates, samples, weights
+    estimates = torch.stack([deviations(draw).mean() for draw in draws])
+    errors = torch.stack([deviations(draw).std() / 50**0.5 for draw in draws])
+    assert np.isclose(estimates.mean(), 3.0, rtol=0.01)
+    assert np.isclose(errors.mean(), estimates.std(), rtol=0.1)
+
+
+def test_deviations_average_to_the_trace_of_the_covariance(points):
     vectors = points[0]
-    whole, parts = Moments(), Moments()
-    whole.add(vectors)
-    for part in vectors.split(7):
-        parts.add(part)
-    assert len(vectors) > FEW and np.isclose(whole.variance, parts.variance)
-    assert np.isclose(whole.variance, vectors.var(dim=0).sum().item())
-    expected = vectors.mean(0).square().sum().item() - whole.variance / len(vectors)
-    assert np.isclose(whole.signal, expected)
-
-
-def test_a_copy_for_torch_func_is_the_same_function(micro, images):
-    copied = transformable(micro)
-    with torch.no_grad():
-        assert torch.allclose(copied(images), micro(images), atol=1e-5)
-    assert copied.blocks[0].attn is not micro.blocks[0].attn
+    assert np.isclose(deviations(vectors).mean(), vectors.var(dim=0).sum().item())

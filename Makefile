@@ -2,6 +2,8 @@
 # make reproduce   every notebook, into reproduced/ (PROFILE=smoke|laptop|gpu|paper)
 # make test        every check
 # make test-flower the Flower app's tests, in .venv-flower; part of make test
+# make book        the site, into reproduced/book: notebooks with their stored outputs, docs, API, settings
+# make test-book   builds the site and opens every page in a browser; part of make test
 # make flower      results/flower.csv: a run over Flower's real processes, and one with a client killed
 # make publish     for maintainers: figures/, results/headline.csv and the notebooks' stored outputs, five seeds
 # make tuning      results/tuning.csv, tuned.yaml: 20 trials a method and start; about 9 hours on 2 cores
@@ -25,18 +27,20 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 FLOWER := .venv-flower
 FLOWER_STAMP := $(FLOWER)/.installed
+BOOK := .venv-book
+BOOK_STAMP := $(BOOK)/.installed
 # Test files run side by side, on up to four cores.
 SPREAD := -n auto --maxprocesses 4 --dist loadfile
 SITE := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-flower flower tuning study publish transfer theory why dp audit scale lint format weights clean
+.PHONY: help setup reproduce test test-flower flower book test-book tuning study publish transfer theory why dp audit scale lint format weights clean
 
 # A figure backend set for another program must not reach the notebooks.
 unexport MPLBACKEND
 
 help:
-	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | flower | publish | tuning | study | transfer | theory | why | dp | audit | scale | lint | format | weights | clean"
+	@echo "make setup | reproduce [PROFILE=smoke|laptop|gpu|paper] | test | test-flower | flower | book | test-book | publish | tuning | study | transfer | theory | why | dp | audit | scale | lint | format | weights | clean"
 
 setup: $(STAMP)
 
@@ -58,6 +62,7 @@ test: lint
 	FEDMITR_PROFILE=smoke FEDMITR_JOBS=1 TQDM_DISABLE=1 $(BIN)/python -m pytest $(SPREAD) --nbval --nbval-current-env --nbval-cell-timeout=600 \
 	  --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks/*.ipynb
 	@$(MAKE) --no-print-directory test-flower
+	@$(MAKE) --no-print-directory test-book
 
 # Left out, in one line, only where Flower cannot be installed: whatever fails after that is a failure.
 test-flower: $(FLOWER_STAMP)
@@ -78,9 +83,29 @@ $(FLOWER_STAMP): $(STAMP) requirements-flower.txt
 	  echo "The Flower tests are left out: Flower cannot be installed here, see $(FLOWER)/install.log" >&2; \
 	fi
 
+# Without a network, from the outputs that the notebooks store: nothing is run.
+book: $(BOOK_STAMP)
+	@test -e $(BOOK_STAMP)
+	$(BOOK)/bin/python book/build.py
+
+# Left out, in one line, only where the book's tools cannot be installed. Tests that need a browser say so.
+test-book: $(BOOK_STAMP)
+	@test ! -e $(BOOK_STAMP) || $(BOOK)/bin/python -m pytest -rs tests/book
+
+# Sphinx and its extensions, as Flower above: their packages, then fedmitr and all that $(VENV) has.
+$(BOOK_STAMP): $(STAMP) requirements-book.txt
+	@echo "Installing the book's tools into $(BOOK)"
+	@rm -rf $(BOOK) && $(BIN)/python -m venv $(BOOK)
+	@if $(BOOK)/bin/python -m pip install --no-deps -r requirements-book.txt >$(BOOK)/install.log 2>&1; then \
+	  printf '%s\n' "$(CURDIR)" "$$($(BIN)/$(SITE))" >"$$($(BOOK)/bin/$(SITE))/venv.pth" && touch $@; \
+	else \
+	  echo "The book is left out: its tools cannot be installed here, see $(BOOK)/install.log" >&2; \
+	fi
+
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 
 format: setup
 	$(BIN)/ruff format .

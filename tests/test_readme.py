@@ -1,4 +1,4 @@
-"""The README: its table is the shipped results, its example runs."""
+"""The README and the pages beside it: their results are the shipped ones, their examples run."""
 
 import importlib
 import importlib.util
@@ -19,6 +19,7 @@ from fedmitr.study.protocol import read_protocol
 from fedmitr.study.run import finished, read_study
 
 README = home() / "README.md"
+USING, MAP, RESULTS = (home() / "docs" / f"{name}.md" for name in ("using", "map", "results"))
 
 
 def tool():
@@ -29,8 +30,32 @@ def tool():
 
 
 def test_the_results_are_those_of_the_shipped_study():
-    script = tool()
-    assert script.results(read_protocol(), read_study(script.STUDY)) in README.read_text()
+    script, protocol = tool(), read_protocol()
+    runs = read_study(script.STUDY)
+    assert f"{script.verdict(protocol, runs)}\n<!-- /results -->" in README.read_text()
+    assert f"{script.table(protocol, runs)}\n<!-- /table -->" in RESULTS.read_text()
+
+
+def test_the_list_of_notebooks_has_their_titles_and_minutes():
+    listed = f"{tool().start(home() / 'notebooks')}\n<!-- /start -->"
+    assert listed in README.read_text(), "a notebook's head has changed: run tools/readme.py"
+
+
+def words(text):
+    """The words that are read: without tables, comments, code, pictures and addresses of links."""
+    text = re.sub(r"<!--.*?-->|```.*?```|!\[[^\]]*\]\([^)]*\)", "", text, flags=re.S)
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    return [w for line in text.splitlines() if line[:1] != "|" for w in line.split() if re.search(r"\w", w)]
+
+
+def test_words_are_counted_without_tables_code_and_addresses():
+    text = "# One two\n| no |\n<!-- no -->\n```sh\nno\n```\n![no](no.png) [three](no.md) **four** ·\n"
+    assert len(words(text)) == 4
+
+
+def test_the_readme_is_read_in_minutes():
+    assert 300 < len(words(README.read_text())) <= 700
+    assert "Independent reproduction; not the authors' code." in README.read_text()
 
 
 def test_no_row_of_the_study_is_of_another_protocol_and_every_accuracy_is_one():
@@ -40,7 +65,7 @@ def test_no_row_of_the_study_is_of_another_protocol_and_every_accuracy_is_one():
 
 def map_rows():
     """The rows of the map: name of the step and the functions that it lists."""
-    parts = README.read_text().split("## Read it")[1].split("\n\n")
+    parts = MAP.read_text().split("\n\n")
     part = next(part for part in parts if part.startswith("| step"))
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in part.splitlines()[2:]]
     return {row[1]: re.findall(r"`([\w.]+)`", row[-1]) for row in rows}
@@ -70,7 +95,7 @@ def test_the_map_names_functions_that_are_there_and_explain_themselves():
 
 
 def test_the_map_has_every_folder_of_the_package():
-    text = README.read_text().split("```\nfedmitr/")[1].split("```")[0]
+    text = MAP.read_text().split("```\nfedmitr/")[1].split("```")[0]
     folders = {p.parent.name for p in (home() / "fedmitr").glob("*/__init__.py")}
     assert folders == set(re.findall(r"([a-z]+)/", text))
 
@@ -82,7 +107,7 @@ def test_fill_replaces_only_what_lies_between_the_markers():
 
 
 def examples():
-    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    return re.findall(r"```python\n(.*?)```", USING.read_text(), re.DOTALL)
 
 
 def test_the_example_on_your_own_model_runs():
@@ -149,15 +174,15 @@ def test_the_page_on_why_it_works_has_the_numbers_of_its_table():
     assert round(100 * gain.mean(), 1) == 1.4
 
 
-def test_what_the_first_screen_says_holds_on_every_finished_ground(grounds):
+def test_what_the_page_of_results_says_holds_on_every_finished_ground(grounds):
     for table in grounds:
         made = table.loc[[name for name in table.index if METHODS[name].distils], "mean"]
         assert table.loc["ridge", "mean"] > made.drop("fedmitr_plus").max()  # far below plain ridge
         assert table.loc["fedmitr", "mean"] < table.loc["ensemble", "mean"]
 
 
-def test_numbers_on_the_first_screen_are_those_of_the_early_ground(grounds):
-    text, early = " ".join(README.read_text().split()), grounds[0]
+def test_numbers_on_the_page_of_results_are_those_of_the_early_ground(grounds):
+    text, early = " ".join(RESULTS.read_text().split()), grounds[0]
     mean = early["mean"].map("{:.2f}".format)
     added = [
         -table.loc["ridge_plus", ["high Holm", "difference", "low Holm"]].astype(float) for table in grounds

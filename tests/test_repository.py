@@ -1,4 +1,4 @@
-"""What ships beside the code: notebooks, profiles, weights, environments, and the README's commands."""
+"""What ships beside the code: notebooks, profiles, weights, environments, and the commands of its pages."""
 
 import ast
 import hashlib
@@ -282,36 +282,103 @@ def test_the_shipped_runs_over_flower_gave_the_models_of_a_run():
     assert table["accuracy_flower"].equals(table["accuracy_in_process"])
 
 
-def test_the_readme_names_only_commands_that_exist():
-    text = (ROOT / "README.md").read_text()
-    spans = re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL)
+def test_the_book_is_pinned_and_its_tests_are_part_of_every_check():
+    pins = dict(line.split("==") for line in lines("requirements-book.txt") if line[:1] not in ("", "#"))
+    assert not {"torch", "numpy"} & set(pins)  # those of requirements.txt
+    extra = [r for r in importlib.metadata.requires("fedmitr") if re.search(r"extra == .book", r)]
+    assert extra or "book = [" in (ROOT / "pyproject.toml").read_text()
+    assert all(Requirement(r).specifier.contains(pins[Requirement(r).name]) for r in extra)
+    recipe = (ROOT / "Makefile").read_text().split("\ntest: ")[1].split("\n\n")[0]
+    assert "$(MAKE) --no-print-directory test-book" in recipe
+
+
+PAGES = ("README.md", "docs/using.md", "docs/results.md", "docs/map.md", "docs/scope.md", "docs/privacy.md")
+
+
+@pytest.fixture(params=PAGES)
+def page(request):
+    return (ROOT / request.param).read_text()
+
+
+def test_a_page_names_only_commands_that_exist(page):
+    spans = re.findall(r"```.*?```|`[^`\n]+`", page, re.DOTALL)
     words = "\n".join(spans)
     called = set(re.findall(r"(?:^|[\s`;&])make ([a-z-]+)", words))
     assert called <= targets(), called - targets()
     commands = set(re.findall(r"(?<!import )(?<!from )\bfedmitr ([a-z]+)", words))
     assert commands <= set(main.commands), commands - set(main.commands)
-    assert not MACHINE.search(text.replace("https://", ""))
+    assert not MACHINE.search(page.replace("https://", ""))
 
 
-def test_the_readme_sets_only_what_is_a_setting():
-    text = (ROOT / "README.md").read_text()
-    assert set(re.findall(r"--set ([a-z_.]+)=", text)) <= set(defaults())
+def test_a_page_sets_only_what_is_a_setting(page):
+    assert set(re.findall(r"--set ([a-z_.]+)=", page)) <= set(defaults())
 
 
-def test_links_of_the_readme_lead_somewhere():
-    text = (ROOT / "README.md").read_text()
-    local = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
-    assert not [link for link in local if not (ROOT / link).exists()]
-
-
-def test_options_that_the_readme_shows_exist():
-    text = (ROOT / "README.md").read_text()
-    for command, rest in re.findall(r"fedmitr ([a-z]+)((?: [^\n`|&;]+)?)", text):
+def test_options_that_a_page_shows_exist(page):
+    for command, rest in re.findall(r"fedmitr ([a-z]+)((?: [^\n`|&;]+)?)", page):
         if command in main.commands:
             below = getattr(main.commands[command], "commands", {})  # a group, such as bench
             words = [command, *(word for word in rest.split()[:1] if word in below)]
             told = CliRunner().invoke(main, [*words, "--help"]).output
             assert not [o for o in re.findall(r"--[a-z]+", rest) if o not in told], (command, rest)
+
+
+def test_the_pages_show_commands_at_all():
+    text = "".join((ROOT / name).read_text() for name in PAGES)
+    assert len(re.findall(r"\nfedmitr [a-z]+", text)) > 10 and "--set " in text
+
+
+# Links and spelling.
+
+
+def texts():
+    """Every page's Markdown by its name: pages, and the prose of notebooks."""
+    names = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/*.md")]
+    books = ((p, nbformat.read(p, as_version=4).cells) for p in NOTEBOOKS)
+    prose = {p: "\n\n".join(c.source for c in cells if c.cell_type == "markdown") for p, cells in books}
+    return {p: p.read_text() for p in names} | prose
+
+
+def anchors(text):
+    """The anchors of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#{1,6} (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.strip().lower()).replace(" ", "-") for head in heads}
+
+
+def dead_links(pages):
+    """Relative links that lead to no file, or to no heading of a page."""
+    dead = []
+    for path, text in pages.items():
+        text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)
+        targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
+        for target in targets:
+            if re.match(r"[a-z]+:", target):
+                continue
+            name, _, anchor = target.partition("#")
+            there = (path.parent / name).resolve() if name else path
+            known = pages.get(there)
+            if not (there.exists() or there in pages) or (
+                anchor and known is not None and anchor not in anchors(known)
+            ):
+                dead.append((path.name, target))
+    return dead
+
+
+def test_every_relative_link_and_anchor_leads_somewhere():
+    assert not dead_links(texts())
+
+
+def test_a_dead_link_and_a_dead_anchor_are_found():
+    page = ROOT / "docs" / "page.md"
+    text = "# A head, here\n[a](glossary.md) [b](#a-head-here) [c](gone.md) [d](#gone) `[e](code.md)`"
+    assert dead_links({page: text}) == [("page.md", "gone.md"), ("page.md", "#gone")]
+
+
+def test_the_bibliography_has_the_works_of_the_citation_file():
+    entries = (ROOT / "docs" / "references.bib").read_text()
+    for work in yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]:
+        known = [identifier["value"].removeprefix("arXiv:") for identifier in work.get("identifiers", [])]
+        assert work["title"] in entries and all(number in entries for number in known)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no executable bit")

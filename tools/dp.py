@@ -1,4 +1,4 @@
-"""Write what protection costs into README.md and docs/privacy.md, from results/dp.csv.
+"""Write what protection costs into docs/scope.md and docs/privacy.md, from results/dp.csv.
 
 python tools/dp.py            run by `make dp`
 """
@@ -11,7 +11,7 @@ from fedmitr.methods import described
 from fedmitr.study.tables import markdown
 
 RUNS = home() / "results" / "dp.csv"
-AT = 3.0  # the ε of the README's sentence
+AT = 3.0  # the ε of the sentence in docs/scope.md
 
 
 def cost_table(runs: pd.DataFrame) -> str:
@@ -44,7 +44,7 @@ def sentence(runs: pd.DataFrame) -> str:
 
 def main() -> None:
     runs = pd.read_csv(RUNS)
-    for name, text in (("README.md", sentence(runs)), ("docs/privacy.md", cost_table(runs))):
+    for name, text in (("docs/scope.md", sentence(runs)), ("docs/privacy.md", cost_table(runs))):
         path = home() / name
         path.write_text(fill(path.read_text(), "dp", text))
 

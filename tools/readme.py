@@ -1,4 +1,4 @@
-"""Write the README's results from results/study.csv, and how long `make reproduce` took.
+"""Write the results of README.md and docs/results.md from results/study.csv, and what notebooks take.
 
 python tools/readme.py            run by `make study`, and after `make reproduce`
 """
@@ -23,8 +23,8 @@ STUDY = home() / "results" / "study.csv"
 EXECUTED = home() / "reproduced" / "laptop" / "notebooks"
 
 
-def results(protocol: Protocol, runs: pd.DataFrame) -> str:
-    """The study's state, its five lines, and the table of its primary grounds as far as they are finished."""
+def verdict(protocol: Protocol, runs: pd.DataFrame) -> str:
+    """Return the study's state and its five lines."""
     done = finished_parts(protocol, runs)
     count, total = len(runs), sum(map(protocol.runs_of, protocol.parts))
     state = f"All {total:,} runs of the study are there."
@@ -34,8 +34,26 @@ def results(protocol: Protocol, runs: pd.DataFrame) -> str:
             f"shown and judged ({'; '.join(done) or 'none yet'})."
         )
     lines = "\n".join(f"{number}. {line}" for number, line in enumerate(summary(protocol, runs), 1))
+    return f"{state}\n\n{lines}"
+
+
+def table(protocol: Protocol, runs: pd.DataFrame) -> str:
+    """Return the table of the primary grounds, as far as they are finished."""
+    done = finished_parts(protocol, runs)
     tables = {name: part_table(protocol, runs, name) for name in protocol.primary if name in done}
-    return "\n\n".join([state, lines, *([markdown(grounds_table(tables))] if tables else [])])
+    return markdown(grounds_table(tables)) if tables else "No primary ground is finished."
+
+
+def start(folder: Path) -> str:
+    """Return the table of the notebooks: title, minutes to read and to run as each one's head says."""
+    rows = ["| notebook | minutes to read | minutes to run |", "|---|---|---|"]
+    for path in sorted(folder.glob("*.ipynb")):
+        head = nbformat.read(path, as_version=4).cells[0].source
+        title = head.splitlines()[0].removeprefix("# ")
+        minutes = [re.search(rf"(\d+)[^\d\n]*\b{verb}\b", head) for verb in ("read", "run")]
+        read, run = (found[1] if found else "" for found in minutes)
+        rows.append(f"| [{title}](notebooks/{path.name}) | {read} | {run} |")
+    return "\n".join(rows)
 
 
 def times(executed: Path) -> str:
@@ -57,11 +75,14 @@ def fill(page: str, name: str, text: str) -> str:
 
 
 def main() -> None:
-    readme = home() / "README.md"
-    text = fill(readme.read_text(), "results", results(read_protocol(), read_study(STUDY)))
+    protocol, runs = read_protocol(), read_study(STUDY)
+    readme, page = home() / "README.md", home() / "docs" / "results.md"
+    text = fill(readme.read_text(), "results", verdict(protocol, runs))
+    text = fill(text, "start", start(home() / "notebooks"))
     if EXECUTED.is_dir():
         text = fill(text, "times", times(EXECUTED))
     readme.write_text(text)
+    page.write_text(fill(page.read_text(), "table", table(protocol, runs)))
 
 
 if __name__ == "__main__":

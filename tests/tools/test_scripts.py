@@ -52,17 +52,15 @@ def test_dp_writes_the_table_s_numbers_between_the_markers(tmp_path, monkeypatch
     columns = ["start", "method", "epsilon", "spent", "delta", "seed", "accuracy"]
     pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "dp.csv", index=False)
     (tmp_path / "docs").mkdir()
-    for name in ("README.md", "docs/privacy.md"):
+    for name in ("docs/scope.md", "docs/privacy.md"):
         (tmp_path / name).write_text("before\n<!-- dp: x -->\nold\n<!-- /dp -->\nafter\n")
     monkeypatch.setattr(script, "home", lambda: tmp_path)
     monkeypatch.setattr(script, "RUNS", tmp_path / "dp.csv")
     script.main()
-    readme, page = ((tmp_path / name).read_text() for name in ("README.md", "docs/privacy.md"))
-    assert (
-        readme.startswith("before\n") and readme.endswith("\n<!-- /dp -->\nafter\n") and "old" not in readme
-    )
-    assert "ε = 3" in readme and "ridge 0.81 (0.91 without), FedMITR+ 0.71 (0.81 without)" in readme
-    assert "2 seeds" in readme and "start `vit_micro`" in readme
+    scope, page = ((tmp_path / name).read_text() for name in ("docs/scope.md", "docs/privacy.md"))
+    assert scope.startswith("before\n") and scope.endswith("\n<!-- /dp -->\nafter\n") and "old" not in scope
+    assert "ε = 3" in scope and "ridge 0.81 (0.91 without), FedMITR+ 0.71 (0.81 without)" in scope
+    assert "2 seeds" in scope and "start `vit_micro`" in scope
     lines = page.splitlines()[2:6]
     assert lines[0] == "| start | method | no protection | ε = 3 | ε = 10 |"
     assert lines[2] == "| vit_micro | ridge | 0.910 ± 0.014 | 0.810 ± 0.014 | 0.880 ± 0.014 |"
@@ -71,7 +69,7 @@ def test_dp_writes_the_table_s_numbers_between_the_markers(tmp_path, monkeypatch
 
 def test_the_pages_that_ship_have_the_markers():
     fill = load("readme").fill
-    for name in ("README.md", "docs/privacy.md"):
+    for name in ("docs/scope.md", "docs/privacy.md"):
         assert fill((home() / name).read_text(), "dp", "new words").count("new words") == 1
 
 
@@ -80,13 +78,16 @@ def test_the_pages_that_ship_have_the_markers():
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A checkout with a README and a notebook that `make reproduce` executed."""
-    blocks = [f"<!-- {name}: x -->\nold\n<!-- /{name} -->\n" for name in ("results", "times")]
+    """A checkout with a README, a page of results, a notebook, and the same notebook executed."""
+    blocks = [f"<!-- {name}: x -->\nold\n<!-- /{name} -->\n" for name in ("results", "times", "start")]
     (tmp_path / "README.md").write_text("before\n" + "between\n".join(blocks) + "after\n")
-    executed = tmp_path / "executed"
-    executed.mkdir()
-    book = nbformat.v4.new_notebook(metadata={"papermill": {"duration": 90.0}})
-    nbformat.write(book, executed / "00_quickstart.ipynb")
+    for folder in ("docs", "executed", "notebooks"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "docs" / "results.md").write_text("before\n<!-- table: x -->\nold\n<!-- /table -->\nafter\n")
+    head = nbformat.v4.new_markdown_cell("# 0 · First: it\n\n**7 minutes to read, 2 to run** on 2 cores")
+    book = nbformat.v4.new_notebook(metadata={"papermill": {"duration": 90.0}}, cells=[head])
+    for folder in ("executed", "notebooks"):
+        nbformat.write(book, tmp_path / folder / "00_quickstart.ipynb")
     return tmp_path
 
 
@@ -96,11 +97,15 @@ def test_readme_writes_the_shipped_study_and_measured_times(checkout, monkeypatc
     monkeypatch.setattr(script, "EXECUTED", checkout / "executed")
     script.main()
     text = (checkout / "README.md").read_text()
-    assert text.startswith("before\n") and text.endswith("<!-- /times -->\nafter\n")
-    assert "\nold\n" not in text
-    first, second = text.split("between\n")
-    assert script.results(read_protocol(), read_study(script.STUDY)) in first
+    page = (checkout / "docs" / "results.md").read_text()
+    assert text.startswith("before\n") and text.endswith("<!-- /start -->\nafter\n")
+    assert page.startswith("before\n") and page.endswith("<!-- /table -->\nafter\n")
+    assert "\nold\n" not in text + page
+    first, second, third = text.split("between\n")
+    protocol, runs = read_protocol(), read_study(script.STUDY)
+    assert script.verdict(protocol, runs) in first and script.table(protocol, runs) in page
     assert "1.5 minutes for 1 notebooks from an empty store" in second
+    assert "| [0 · First: it](notebooks/00_quickstart.ipynb) | 7 | 2 |" in third
 
 
 def test_without_a_run_of_the_notebooks_their_time_is_left_as_it_is(checkout, monkeypatch):
@@ -116,7 +121,7 @@ def test_readme_shows_a_ground_when_all_of_its_runs_are_there_and_says_what_is_m
     ground = protocol.primary[0]
     runs = read_study(script.STUDY).query("part == @ground")
     assert len(runs) == protocol.runs_of(ground)
-    text = script.results(protocol, runs)
+    text = script.verdict(protocol, runs) + "\n\n" + script.table(protocol, runs)
     assert f"{len(runs)} of {len(planned(protocol)):,} runs are there" in text and f"({ground})" in text
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line
@@ -126,8 +131,9 @@ def test_readme_shows_a_ground_when_all_of_its_runs_are_there_and_says_what_is_m
     wanted = {METHODS[m].label: f"{mean:.3f} ± {std:.3f}" for m, (mean, std) in scores.T.items()}
     assert shown == wanted
     assert sum(line[:2] in ("1.", "2.", "3.", "4.", "5.") for line in text.splitlines()) == 5
-    lacking = script.results(protocol, runs[1:])
-    assert "(none yet)" in lacking and "no primary ground is finished" in lacking and "|" not in lacking
+    lacking = script.verdict(protocol, runs[1:])
+    assert "(none yet)" in lacking and "no primary ground is finished" in lacking
+    assert "|" not in lacking + script.table(protocol, runs[1:])
 
 
 # publish.py

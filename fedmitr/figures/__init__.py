@@ -6,11 +6,11 @@ from .attacks import leakage, neighbours, roc
 from .clients import scenes, shard_grid, shards, skew
 from .images import attention, curves, emerging, foreground, frame, generated, one_of_each, places, schedule
 from .labels import overview, token_labels
-from .methods import comparison, weights
+from .methods import client_attention, comparison, weights
 from .study import across_grounds, cell_differences, forest, tradeoffs
 from .style import save, show
 from .theory import drift, gaps, noise_parts, patch_gradients, variances
-from .trends import accuracy_against_epsilon, pretraining, projection, scaling
+from .trends import accuracy_against_epsilon, pretraining, projection, scaling, stage_costs
 from .why import errors, toy
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "attention",
     "bars",
     "cell_differences",
+    "client_attention",
     "comparison",
     "confidence",
     "curves",
@@ -50,6 +51,7 @@ __all__ = [
     "shards",
     "show",
     "skew",
+    "stage_costs",
     "token_labels",
     "toy",
     "tradeoffs",

@@ -17,11 +17,11 @@ from .images import (
     schedule,
 )
 from .labels import overview, token_labels
-from .methods import comparison, weights
+from .methods import client_attention, comparison, weights
 from .study import across_grounds, cell_differences, forest, pairing, tradeoffs
 from .style import save, save_animation, show
 from .theory import drift, gaps, gradient_lengths, noise_parts, patch_gradients, variances
-from .trends import accuracy_against_epsilon, pretraining, projection, scaling
+from .trends import accuracy_against_epsilon, pretraining, projection, scaling, stage_costs
 from .why import errors, toy
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "attention",
     "bars",
     "cell_differences",
+    "client_attention",
     "client_images",
     "comparison",
     "confidence",
@@ -67,6 +68,7 @@ __all__ = [
     "shards",
     "show",
     "skew",
+    "stage_costs",
     "token_labels",
     "toy",
     "tradeoffs",

@@ -1,4 +1,4 @@
-"""Methods against each other: accuracy, and the weights that ensembles give their clients.
+"""Methods against each other: accuracy. Clients of an ensemble: their weights, and what they attend to.
 
 Labels and markers come from the methods' records, so a method that a user registers, or one that only a table
 knows, is drawn like any other.
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..experiments.differences import REFERENCE
 from ..methods import Method, described, in_order
 from .clients import draw_counts
-from .style import BLACK, SKY, VERMILLION, new_figure, styled, write_cells
+from .style import BLACK, SKY, VERMILLION, bare, draw_image, new_figure, square, styled, write_cells
 
 _KEY = {
     "one model": {"marker": "D", "markerfacecolor": BLACK},
@@ -115,13 +115,41 @@ def _floor(runs: pd.DataFrame) -> float:
 
 @styled
 def weights(panels: Mapping[str, Tensor], classes: Sequence[str]) -> Figure:
-    """Draw the weights of clients for classes in an ensemble, title -> (K, C) in [0, 1], in per cent."""
-    figure = new_figure(9, 1.3 + 0.3 * len(next(iter(panels.values()))))
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    """Draw the weights of clients in an ensemble in per cent, title -> (K, C) or (K, 1) in [0, 1].
+
+    (K, C) are weights for each class, (K, 1) those for all classes alike. A column sums to 100.
+    """
+    widths = [values.shape[1] for values in panels.values()]
+    figure = new_figure(3.2 + 0.45 * sum(widths), 1.6 + 0.3 * len(next(iter(panels.values()))))
+    axes = figure.subplots(
+        1, len(panels), sharey=True, squeeze=False, width_ratios=[w + 0.6 for w in widths]
+    )[0]
     for axis, (title, values) in zip(axes, panels.items(), strict=True):
         percent = 100 * values.cpu()
-        draw_counts(axis, percent, classes, most=100)
+        draw_counts(axis, percent, classes if values.shape[1] == len(classes) else ["every class"], most=100)
         write_cells(axis, percent.numpy(), [f"{v:.0f}" for v in percent.flatten()], high=100)
         axis.set(title=title, ylabel="client" if axis is axes[0] else "")
-    figure.colorbar(axes[-1].images[0], ax=axes, label="weight (%)")
+        axis.set_xlabel("class" if values.shape[1] == len(classes) else "")
+    figure.colorbar(axes[-1].images[0], ax=axes, label="weight (%);\na column sums to 100")
+    return figure
+
+
+@styled
+def client_attention(image: np.ndarray, maps: Mapping[str, Tensor], title: str = "image") -> Figure:
+    """Draw an image in [0, 1] beside the attention that clients' CLS tokens pay to its patches.
+
+    image (H, W) or (H, W, 3); maps: title -> (N,) on a square grid of patches, on one scale from zero. A map
+    is drawn over the image's extent, so that equal places stand at equal heights whatever the grid.
+    """
+    figure = new_figure(1.2 + 1.75 * (1 + len(maps)), 2.6)
+    first, *axes = figure.subplots(1, 1 + len(maps))
+    draw_image(first, image)
+    first.set_title(title)
+    extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
+    most = max(float(values.max()) for values in maps.values())
+    for axis, (name, values) in zip(axes, maps.items(), strict=True):
+        heat = axis.imshow(square(values), cmap="viridis", vmin=0, vmax=most, extent=extent)
+        axis.set_title(name)
+        bare(axis)
+    figure.colorbar(heat, ax=axes, label="CLS attention", shrink=0.75)
     return figure

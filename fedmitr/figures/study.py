@@ -36,7 +36,7 @@ def forest(tables: Mapping[str, pd.DataFrame], runs: pd.DataFrame) -> Figure:
             gap = (wide[name] - wide[REFERENCE]).dropna()
             _draw_difference(axis, rows[name], gap, table.loc[name], _marker(described(name)))
         _difference_axis(axis, f"{ground}, {len(wide)} seeds")
-    axes[len(axes) // 2].set_xlabel(f"accuracy minus that of {described(REFERENCE).label}, seed by seed")
+        axis.set_xlabel(f"accuracy minus {described(REFERENCE).label}'s")
     _name_rows(axes, rows)
     _draw_key(figure)
     return figure
@@ -226,6 +226,8 @@ def across_grounds(tables: Mapping[str, pd.DataFrame]) -> Figure:
         _name_ends(axis, means.loc[list(shown)].iloc[:, -1])
     for axis in axes:  # left over
         axis.remove()
+    for axis in figure.axes[-3:]:  # none below them, or one that was left over
+        axis.tick_params(labelbottom=True)
     figure.supylabel("test accuracy, mean over seeds", fontsize=10)
     return figure
 

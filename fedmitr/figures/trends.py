@@ -10,7 +10,7 @@ from sklearn.isotonic import isotonic_regression
 
 from ..methods import described
 from .accuracies import _COLORS
-from .style import BLACK, BLUE, ORANGE, VERMILLION, new_figure, styled
+from .style import BLACK, BLUE, GREEN, ORANGE, VERMILLION, new_figure, styled
 
 _GAP = 0.055  # between the labels of lines, as a share of the axes' height
 _SIDE = 0.0075  # between the dots of two methods, as a share of the axes' width
@@ -122,18 +122,28 @@ def accuracy_against_epsilon(table: pd.DataFrame) -> Figure:
 
 @styled
 def scaling(table: pd.DataFrame) -> Figure:
-    """Draw seconds and speed-up over workers, from `experiments.scaling.strong_scaling`; dashed: perfect."""
-    figure = new_figure(8, 3.4)
+    """Draw seconds and speed-up by workers, from `experiments.scaling.strong_scaling`, beside ideal ones.
+
+    Points are not joined: nothing was measured between them.
+    """
+    figure = new_figure(8, 3.2)
     time, gain = figure.subplots(1, 2)
-    workers, seconds = table["workers"], table["seconds"]
-    time.plot(workers, seconds, "o-", color=VERMILLION)
-    time.set(ylim=(0, None), title="The same batches", xlabel="workers (processes)", ylabel="seconds")
-    gain.plot(workers, workers / workers.iloc[0], "--", color=BLACK, lw=1, label="perfect")
-    gain.plot(workers, table["speed-up"], "o-", color=VERMILLION, label="measured")
-    gain.set(ylim=(0, None), title="Speed-up", xlabel="workers (processes)", ylabel="times as fast")
-    gain.legend(frameon=False)
-    for axis in (time, gain):
-        axis.set_xticks(workers)
+    workers = table["workers"]
+    times = workers / workers.iloc[0]
+    ideals = {"seconds": table["seconds"].iloc[0] / times, "speed-up": times}
+    beside = {"xytext": (9, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+    for axis, (column, ideal) in zip((time, gain), ideals.items(), strict=True):
+        axis.plot(workers, table[column], "o", color=VERMILLION, ms=6, label="measured")
+        axis.plot(workers, ideal, "o", color=BLACK, mfc="none", ms=10, label="ideal: no cost of sharing")
+        for place, value in zip(workers, table[column], strict=True):
+            axis.annotate(f"{value:.2f}", (place, value), **beside)
+        axis.set(xscale="log", xlim=(0.8 * workers.min(), 1.4 * workers.max()), xlabel="worker processes")
+        axis.set_ylim(0, 1.15 * max(ideal.max(), table[column].max()))
+        axis.set_xticks(workers, [str(count) for count in workers])
+        axis.minorticks_off()
+    time.set(title="Time for the same batches", ylabel="seconds")
+    gain.set(title="Speed-up", ylabel="times as fast as the first")
+    time.legend(loc="lower left")
     return figure
 
 
@@ -141,20 +151,65 @@ def scaling(table: pd.DataFrame) -> Figure:
 def projection(table: pd.DataFrame) -> Figure:
     """Draw the server's operations and memory over clients, one line for each way to make labels.
 
-    table: what `experiments.scaling.projection` returns.
+    table: what `experiments.scaling.projection` returns. Ways with the same values share one line, and its
+    label names them all.
     """
-    figure = new_figure(9, 4.2)
+    figure = new_figure(9.6, 4.2)
     axes = figure.subplots(1, 2)
     styles = dict(zip(table["way"].unique(), _STYLES, strict=True))
     for axis, column in zip(axes, ("server, TFLOP", "memory, GB"), strict=True):
-        for way, rows in table.groupby("way", sort=False):
-            color, style = styles[way]
-            axis.loglog(rows["clients"], rows[column], style, color=color, ms=4.5, lw=1.4, label=way)
+        lines: dict[str, pd.Series] = {}
+        for way, rows in table.set_index("clients").groupby("way", sort=False):
+            values = rows[column]
+            same = [name for name, other in lines.items() if np.allclose(values, other, rtol=0.01)]
+            if same:
+                lines = {f"{n}\n{way}" if n == same[0] else n: other for n, other in lines.items()}
+            else:
+                lines[way] = values
+        for names, values in lines.items():
+            color, style = styles[names.split("\n")[0]]
+            axis.loglog(values.index, values, style, color=color, ms=4.5, lw=1.4, label=names)
+        name_line_ends(
+            axis, {names: (v.iloc[-1], styles[names.split("\n")[0]][0]) for names, v in lines.items()}
+        )
         axis.set(xlabel="clients K", ylabel=column)
         axis.grid(alpha=0.3)
-    least, most = table["memory, GB"].min(), table["memory, GB"].max()
-    axes[1].set_ylim(least / 2, most * 2)
     axes[0].set_title("Server's operations, computed")
     axes[1].set_title("Most memory of a stage, computed")
-    axes[0].legend(title="who labels a view", frameon=False)
     return figure
+
+
+@styled
+def stage_costs(table: pd.DataFrame) -> Figure:
+    """Draw the operations of each stage of a run over the number of clients, one line a stage.
+
+    table: a row a number of clients and stage, with the columns clients, stage and TFLOP.
+    """
+    figure = new_figure(7, 3.6)
+    axis = figure.subplots()
+    wide = table.pivot_table(index="clients", columns="stage", values="TFLOP", sort=False)
+    colors = dict(zip(wide, (GREEN, BLACK, VERMILLION, BLUE, ORANGE), strict=False))
+    for stage, values in wide.items():
+        axis.loglog(values.index, values, "o-", color=colors[stage], ms=4, lw=1.4, label=stage)
+    name_line_ends(axis, {stage: (values.iloc[-1], colors[stage]) for stage, values in wide.items()})
+    axis.set(xlabel="clients K", ylabel="operations (TFLOP)")
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def name_line_ends(axis: Axes, ends: dict[str, tuple[float, str]]) -> None:
+    """Write names to the right of the ends of lines on a logarithmic axis: name -> (last value, colour).
+
+    Names are moved apart where they would overlap, and joined to their lines. Each line of a name counts.
+    """
+    low, high = np.log10(axis.get_ylim())
+    heights = np.array([(np.log10(value) - low) / (high - low) for value, _ in ends.values()])
+    most = max(name.count("\n") for name in ends) + 1
+    rows = spread(heights, 0.075 * most, 0.0, 1.0)
+    last = axis.transAxes.inverted().transform(axis.transData.transform([axis.lines[0].get_xdata()[-1], 1]))[
+        0
+    ]
+    within = {"transform": axis.transAxes, "clip_on": False}
+    for (name, (_, color)), end, row in zip(ends.items(), heights, rows, strict=True):
+        axis.plot([last, 1.03], [end, row], color=color, lw=0.6, alpha=0.6, zorder=0, **within)
+        axis.text(1.04, row, name, va="center", fontsize=9, color=color, **within)

@@ -100,6 +100,30 @@ def test_weights_are_written_as_per_cent(drawn):
     assert [t.get_text() for t in figure.axes[1].texts] == told[3:] + told[:3]
 
 
+def test_one_weight_for_all_classes_is_one_column(drawn):
+    panels = {"by class": torch.full((4, 3), 0.25), "alike": torch.tensor([[0.1], [0.2], [0.3], [0.4]])}
+    by_class, alike = drawn(figures.weights(panels, ["a", "b", "c"])).axes[:2]
+    assert [t.get_text() for t in alike.texts] == ["10", "20", "30", "40"]
+    assert len(by_class.get_xticks()) == 3 and [t.get_text() for t in alike.get_xticklabels()] == [
+        "every class"
+    ]
+
+
+def test_attention_of_clients_covers_the_image_whatever_their_grids(drawn):
+    maps = {
+        "client 0,\nfour patches": torch.tensor([0.1, 0.2, 0.3, 0.4]),
+        "client 1,\nnine": torch.ones(9) / 9,
+    }
+    figure = drawn(figures.client_attention(np.zeros((6, 6)), maps))
+    shown = [axis for axis in figure.axes if axis.get_title()]
+    assert [axis.get_title() for axis in shown] == ["image", *maps]
+    assert len({tuple(axis.images[0].get_extent()) for axis in shown}) == 1
+    assert np.allclose(shown[1].images[0].get_array(), [[0.1, 0.2], [0.3, 0.4]])
+    assert shown[2].images[0].get_clim() == shown[1].images[0].get_clim()
+    titles = [axis.title.get_window_extent() for axis in shown]
+    assert not [pair for pair in combinations(titles, 2) if pair[0].overlaps(pair[1])]
+
+
 # Methods of a user, registered here or only in the table.
 
 

@@ -25,4 +25,4 @@ def real_images(uploads: Sequence[Upload], settings: Settings, store: Store, pix
     return distil_on("real_images", images, uploads, settings)
 
 
-METHOD = substitute("real_images", real_images, label="real images (a bound)", given="images")
+METHOD = substitute("real_images", real_images, label="real images", given="images")

@@ -103,13 +103,13 @@ def overview(
     data.suptitle("1  Clients hold few classes each", fontsize=10.5)
     history = synthetic.history
     picks = one_of_each(synthetic.labels[: history["frames"].shape[1]], 2)
-    chosen = torch.linspace(0, len(history["frame_at"]) - 1, 5).round().long().tolist()[:-1]
+    chosen = torch.linspace(0, len(history["frame_at"]) - 2, 4).round().long().tolist()  # the last is the result
     for row, pick in zip(images.subplots(2, 5), picks, strict=True):
         draw_image(row[-1], pixels(synthetic.pixels[pick], stats), synthetic.mask[pick])
         row[-1].set_title("result" if pick == picks[0] else "", fontsize=9)
         for axis, at in zip(row, chosen, strict=False):
             draw_image(axis, pixels(history["frames"][at, pick], stats), history["frame_masks"][at, pick])
-            title = "returned" if at == chosen[-1] else f"iteration {int(history['frame_at'][at])}"
+            title = f"iteration {int(history['frame_at'][at])}"
             axis.set_title(title if pick == picks[0] else "", fontsize=9)
     images.suptitle("2  Server: images emerge, low-information patches stop", fontsize=10.5)
     image, tokens = labels.subplots(1, 2)

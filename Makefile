@@ -61,8 +61,7 @@ test: lint
 	$(BIN)/python -m pytest $(SPREAD) tests/test_wheel.py tests  # the longest file first
 	FEDMITR_PROFILE=smoke FEDMITR_JOBS=1 TQDM_DISABLE=1 $(BIN)/python -m pytest $(SPREAD) --nbval --nbval-current-env --nbval-cell-timeout=600 \
 	  --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks/*.ipynb
-	@$(MAKE) --no-print-directory test-flower
-	@$(MAKE) --no-print-directory test-book
+	@$(MAKE) --no-print-directory -j2 test-flower test-book  # side by side: each is mostly one process
 
 # Left out, in one line, only where Flower cannot be installed: whatever fails after that is a failure.
 test-flower: $(FLOWER_STAMP)

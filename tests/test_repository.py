@@ -124,7 +124,7 @@ def test_flower_is_pinned_as_the_extra_asks_and_its_tests_are_part_of_every_chec
     assert Requirement(asked).specifier.contains(pins["flwr"])
     assert not {"torch", "numpy"} & set(pins)  # those of requirements.txt
     recipe = (ROOT / "Makefile").read_text().split("\ntest: ")[1].split("\n\n")[0]
-    assert "$(MAKE) --no-print-directory test-flower" in recipe
+    assert re.search(r"\$\(MAKE\) .*\btest-flower\b", recipe)
 
 
 def test_the_shipped_runs_over_flower_gave_the_models_of_a_run():
@@ -142,7 +142,7 @@ def test_the_book_is_pinned_and_its_tests_are_part_of_every_check():
     assert extra or "book = [" in (ROOT / "pyproject.toml").read_text()
     assert all(Requirement(r).specifier.contains(pins[Requirement(r).name]) for r in extra)
     recipe = (ROOT / "Makefile").read_text().split("\ntest: ")[1].split("\n\n")[0]
-    assert "$(MAKE) --no-print-directory test-book" in recipe
+    assert re.search(r"\$\(MAKE\) .*\btest-book\b", recipe)
 
 
 PAGES = ("README.md", "docs/using.md", "docs/results.md", "docs/map.md", "docs/scope.md", "docs/privacy.md")

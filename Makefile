@@ -71,16 +71,25 @@ flower: $(FLOWER_STAMP)
 	@test -e $(FLOWER_STAMP)
 	$(FLOWER)/bin/python tools/flower_run.py
 
-# Flower's pins contradict requirements.txt, so it has an environment of its own: its packages first, then
-# fedmitr and all that $(VENV) has, torch among them.
-$(FLOWER_STAMP): $(STAMP) requirements-flower.txt
-	@echo "Installing Flower into $(FLOWER)"
-	@rm -rf $(FLOWER) && $(BIN)/python -m venv $(FLOWER)
-	@if $(FLOWER)/bin/python -m pip install --no-deps -r requirements-flower.txt >$(FLOWER)/install.log 2>&1; then \
-	  printf '%s\n' "$(CURDIR)" "$$($(BIN)/$(SITE))" >"$$($(FLOWER)/bin/$(SITE))/venv.pth" && touch $@; \
+# An environment beside $(VENV): packages of its own first, then fedmitr and all that $(VENV) has, torch among them.
+# $(1): its folder; $(2): its pins; $(3): what is left out where they cannot be installed.
+define environment
+	@echo "Installing $(2) into $(1)"
+	@rm -rf $(1) && $(BIN)/python -m venv $(1)
+	@if $(1)/bin/python -m pip install --no-deps -r $(2) >$(1)/install.log 2>&1; then \
+	  printf '%s\n' "$(CURDIR)" "$$($(BIN)/$(SITE))" >"$$($(1)/bin/$(SITE))/venv.pth" && touch $(1)/.installed; \
 	else \
-	  echo "The Flower tests are left out: Flower cannot be installed here, see $(FLOWER)/install.log" >&2; \
+	  echo "$(3) left out: $(2) cannot be installed here, see $(1)/install.log" >&2; \
 	fi
+endef
+
+# Flower's pins contradict requirements.txt.
+$(FLOWER_STAMP): $(STAMP) requirements-flower.txt
+	$(call environment,$(FLOWER),requirements-flower.txt,The Flower tests are)
+
+# Sphinx and its extensions.
+$(BOOK_STAMP): $(STAMP) requirements-book.txt
+	$(call environment,$(BOOK),requirements-book.txt,The book is)
 
 # Without a network, from the outputs that the notebooks store: nothing is run.
 book: $(BOOK_STAMP)
@@ -90,16 +99,6 @@ book: $(BOOK_STAMP)
 # Left out, in one line, only where the book's tools cannot be installed. Tests that need a browser say so.
 test-book: $(BOOK_STAMP)
 	@test ! -e $(BOOK_STAMP) || $(BOOK)/bin/python -m pytest -rs tests/book
-
-# Sphinx and its extensions, as Flower above: their packages, then fedmitr and all that $(VENV) has.
-$(BOOK_STAMP): $(STAMP) requirements-book.txt
-	@echo "Installing the book's tools into $(BOOK)"
-	@rm -rf $(BOOK) && $(BIN)/python -m venv $(BOOK)
-	@if $(BOOK)/bin/python -m pip install --no-deps -r requirements-book.txt >$(BOOK)/install.log 2>&1; then \
-	  printf '%s\n' "$(CURDIR)" "$$($(BIN)/$(SITE))" >"$$($(BOOK)/bin/$(SITE))/venv.pth" && touch $@; \
-	else \
-	  echo "The book is left out: its tools cannot be installed here, see $(BOOK)/install.log" >&2; \
-	fi
 
 lint: setup
 	$(BIN)/ruff format --check .

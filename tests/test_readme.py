@@ -13,10 +13,12 @@ from helpers import registrations_taken_back
 import fedmitr as fm
 from fedmitr.core.paths import home
 from fedmitr.evaluation.metrics import ERRORS
-from fedmitr.methods import METHODS
+from fedmitr.methods import METHODS, described
+from fedmitr.settings import tuned_values
 from fedmitr.study.analysis import finished_parts, part_table
 from fedmitr.study.protocol import read_protocol
 from fedmitr.study.run import finished, read_study
+from fedmitr.study.verdicts import verdicts
 
 README = home() / "README.md"
 USING, MAP, RESULTS = (home() / "docs" / f"{name}.md" for name in ("using", "map", "results"))
@@ -179,6 +181,32 @@ def test_what_the_page_of_results_says_holds_on_every_finished_ground(grounds):
         made = table.loc[[name for name in table.index if METHODS[name].distils], "mean"]
         assert table.loc["ridge", "mean"] > made.drop("fedmitr_plus").max()  # far below plain ridge
         assert table.loc["fedmitr", "mean"] < table.loc["ensemble", "mean"]
+
+
+def test_what_the_page_of_results_says_of_images_holds(grounds):
+    text = " ".join(RESULTS.read_text().split())
+    assert "textures in place of its images reach the same accuracy to 0.001" in text
+    assert all(abs(table.loc["textures", "difference"]) < 0.0015 for table in grounds)
+    assert "there training on images does not lift the start" in text
+    card = verdicts(read_protocol(), read_study(tool().STUDY))
+    (lift,) = card[card["claim"].str.contains("lift the model that the student starts as")].itertuples()
+    assert lift.verdict == "fails" and lift.difference < 0
+    assert "other penalties, from the shipped start other numbers of moved copies too" in text
+    early, later = ([tuned_values("laptop", start, m) for m in ("ridge_plus", "fedmitr_plus")]
+                    for start in ("vit_micro_early", "vit_micro"))  # fmt: skip
+    for one, other in (early, later):
+        assert one["statistics.ridge"] != other["statistics.ridge"]
+    assert early[0]["fedmitr_plus.views"] == early[1]["fedmitr_plus.views"]
+    assert later[0]["fedmitr_plus.views"] != later[1]["fedmitr_plus.views"]
+
+
+def test_what_notebook_05_says_of_costs_holds_on_its_ground(grounds):
+    first = grounds[0]
+    images = [name for name in first.index if described(name).family == "synthetic images"]
+    seconds = first.loc[images, "server_seconds"]
+    assert seconds.between(30, 95).all()  # half a minute to a minute and a half
+    sums = first.loc["ridge_plus", "upload_bytes"] / first.loc["fedavg", "upload_bytes"]
+    assert round(sums) == 3  # three times as large as a model
 
 
 def test_numbers_on_the_page_of_results_are_those_of_the_early_ground(grounds):

@@ -103,9 +103,8 @@ def overview(
     data.suptitle("1  Clients hold few classes each", fontsize=10.5)
     history = synthetic.history
     picks = one_of_each(synthetic.labels[: history["frames"].shape[1]], 2)
-    chosen = (
-        torch.linspace(0, len(history["frame_at"]) - 2, 4).round().long().tolist()
-    )  # the last is the result
+    # The last frame is the result.
+    chosen = torch.linspace(0, len(history["frame_at"]) - 2, 4).round().long().tolist()
     for row, pick in zip(images.subplots(2, 5), picks, strict=True):
         draw_image(row[-1], pixels(synthetic.pixels[pick], stats), synthetic.mask[pick])
         row[-1].set_title("result" if pick == picks[0] else "", fontsize=9)

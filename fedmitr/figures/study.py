@@ -13,7 +13,7 @@ from ..experiments.differences import REFERENCE
 from ..methods import described, in_order
 from .methods import _draw_key, _marker, _name_rows, _row_figure, _rows
 from .style import BLACK, SKY, VERMILLION, new_figure, styled
-from .trends import spread
+from .trends import name_line_ends
 
 _NEAR = 0.02  # differences up to this are drawn to scale, larger ones on a logarithmic axis
 _TICKS = (0.01, 0.02, 0.1, 0.5)
@@ -223,21 +223,12 @@ def across_grounds(tables: Mapping[str, pd.DataFrame]) -> Figure:
         axis.set_xticks(range(len(tables)), list(tables), rotation=40, ha="right")
         axis.set(title=family, ylim=(low, 1.01), xlim=(-0.2, len(tables) - 1))
         axis.grid(axis="y", alpha=0.3)
-        _name_ends(axis, means.loc[list(shown)].iloc[:, -1])
+        last = means.loc[list(shown)].iloc[:, -1]
+        ends = {described(n).label: (v, VERMILLION if n == REFERENCE else BLACK) for n, v in last.items()}
+        name_line_ends(axis, len(tables) - 1, ends, gap=0.085)
     for axis in axes:  # left over
         axis.remove()
     for axis in figure.axes[-3:]:  # none below them, or one that was left over
         axis.tick_params(labelbottom=True)
     figure.supylabel("test accuracy, mean over seeds", fontsize=10)
     return figure
-
-
-def _name_ends(axis: Axes, ends: pd.Series) -> None:
-    """Write labels to the right of the ends of lines, apart from each other, joined to them by thin lines."""
-    low, high = axis.get_ylim()
-    heights = spread(ends, 0.085 * (high - low), low, high)
-    across = {"transform": axis.get_yaxis_transform(), "clip_on": False}
-    for name, end, height in zip(ends.index, ends, heights, strict=True):
-        color = VERMILLION if name == REFERENCE else BLACK
-        axis.plot([1, 1.06], [end, height], color=color, lw=0.5, alpha=0.6, **across)
-        axis.text(1.07, height, described(name).label, va="center", fontsize=9, color=color, **across)

@@ -160,14 +160,19 @@ def save_animation(frames: Sequence[Figure], name: str, profile: str, alt: str =
 
 def animated(frames: Sequence[Figure]) -> list[PIL.Image.Image]:
     """Draw figures of one size as pictures that share one palette of `COLORS` colours."""
-    drawn = [pixel_rows(figure) for figure in frames]  # (H, W, 3) each
-    sheet = PIL.Image.fromarray(np.concatenate(drawn)).quantize(COLORS, dither=PIL.Image.Dither.NONE)
-    height = len(drawn[0])
+    rows = np.concatenate([np.asarray(picture(figure, MOVING)) for figure in frames])  # (F · H, W, 3)
+    sheet = few_colors(PIL.Image.fromarray(rows), COLORS)
+    height = sheet.height // len(frames)
     return [sheet.crop((0, k * height, sheet.width, (k + 1) * height)) for k in range(len(frames))]
 
 
-def pixel_rows(figure: Figure) -> np.ndarray:
-    """Draw a figure at `MOVING` pixels an inch; return its colours (H, W, 3), bytes."""
+def picture(figure: Figure, dpi: int) -> PIL.Image.Image:
+    """Draw a figure at so many pixels an inch, in colour."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=MOVING)
-    return np.asarray(PIL.Image.open(buffer).convert("RGB"))
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return PIL.Image.open(buffer).convert("RGB")
+
+
+def few_colors(image: PIL.Image.Image, count: int) -> PIL.Image.Image:
+    """Return a picture in its `count` most fitting colours, which takes fewer bytes."""
+    return image.quantize(count, dither=PIL.Image.Dither.NONE)

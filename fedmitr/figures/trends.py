@@ -1,6 +1,6 @@
 """How accuracy, time and memory change with one quantity: pretraining, ε, workers, clients."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,6 @@ from ..methods import described
 from .accuracies import _COLORS
 from .style import BLACK, BLUE, GREEN, ORANGE, VERMILLION, new_figure, styled
 
-_GAP = 0.055  # between the labels of lines, as a share of the axes' height
 _SIDE = 0.0075  # between the dots of two methods, as a share of the axes' width
 _BEYOND = 2.5  # between the largest ε and the place of no protection, as a factor
 _STYLES = ((BLACK, "o-"), (ORANGE, "s--"), (BLUE, "^-"))  # of the ways to make labels, in order
@@ -39,7 +38,8 @@ def pretraining(table: pd.DataFrame) -> Figure:
         style = "o--" if described(method).is_reference else "o-"
         axis.plot(means.index, means[method], style, ms=4, lw=1.4, color=color, clip_on=False)
         _draw_seeds(axis, table[table["method"] == method], _SIDE * (number - (len(means.columns) - 1) / 2))
-    _name_lines(axis, means)
+    ends = {described(m).label: (means[m].iloc[-1], _color(m)) for m in means}
+    name_line_ends(axis, means.index[-1], ends, gap=0.055)
     axis.grid(axis="y", alpha=0.3)
     axis.set(xlabel="steps of pretraining that the shared model had", title="Dashed: references")
     axis.set(ylabel="validation accuracy: mean (line), each seed (dots)")
@@ -60,17 +60,19 @@ def _draw_seeds(axis: Axes, runs: pd.DataFrame, aside: float) -> None:
     axis.plot(at, runs["accuracy"], "o", ms=2.6, alpha=0.45, color=color, mew=0, transform=across)
 
 
-def _name_lines(axis: Axes, means: pd.DataFrame) -> None:
-    """Write the methods' labels to the right of their lines' ends, in that order, joined by thin lines."""
-    ends = means.iloc[-1]
-    low, high = axis.get_ylim()
-    rows = spread(ends, _GAP * (high - low), low, high)
-    last = (axis.transScale + axis.transLimits).transform((means.index[-1], 0))[0]
-    across = {"transform": axis.get_yaxis_transform(), "clip_on": False}
-    for method, end, row in zip(means, ends, rows, strict=True):
-        color = _color(method)
-        axis.plot([last, 1.04], [end, row], color=color, lw=0.6, alpha=0.6, zorder=0, **across)
-        axis.text(1.05, row, described(method).label, va="center", fontsize=9, color=color, **across)
+def name_line_ends(axis: Axes, last: float, ends: Mapping[str, tuple[float, str]], gap: float) -> None:
+    """Write names to the right of the ends of lines, joined to them: name -> (last value, colour).
+
+    last: where the lines end, along the x axis; gap: between names of one row, as a share of the axes'
+    height. Names are moved apart where they would overlap. Limits and scales of the axes must be final.
+    """
+    shares = (axis.transScale + axis.transLimits).transform([(last, value) for value, _ in ends.values()])
+    most = max(name.count("\n") for name in ends) + 1  # rows of the longest name
+    heights = spread(shares[:, 1], gap * most, 0.0, 1.0)
+    within = {"transform": axis.transAxes, "clip_on": False}
+    for (name, (_, color)), end, height in zip(ends.items(), shares, heights, strict=True):
+        axis.plot([end[0], 1.04], [end[1], height], color=color, lw=0.6, alpha=0.6, zorder=0, **within)
+        axis.text(1.05, height, name, va="center", fontsize=9, color=color, **within)
 
 
 def spread(values: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
@@ -169,9 +171,8 @@ def projection(table: pd.DataFrame) -> Figure:
         for names, values in lines.items():
             color, style = styles[names.split("\n")[0]]
             axis.loglog(values.index, values, style, color=color, ms=4.5, lw=1.4, label=names)
-        name_line_ends(
-            axis, {names: (v.iloc[-1], styles[names.split("\n")[0]][0]) for names, v in lines.items()}
-        )
+        ends = {names: (v.iloc[-1], styles[names.split("\n")[0]][0]) for names, v in lines.items()}
+        name_line_ends(axis, table["clients"].max(), ends, gap=0.075)
         axis.set(xlabel="clients K", ylabel=column)
         axis.grid(alpha=0.3)
     axes[0].set_title("Server's operations, computed")
@@ -191,25 +192,8 @@ def stage_costs(table: pd.DataFrame) -> Figure:
     colors = dict(zip(wide, (GREEN, BLACK, VERMILLION, BLUE, ORANGE), strict=False))
     for stage, values in wide.items():
         axis.loglog(values.index, values, "o-", color=colors[stage], ms=4, lw=1.4, label=stage)
-    name_line_ends(axis, {stage: (values.iloc[-1], colors[stage]) for stage, values in wide.items()})
+    ends = {stage: (values.iloc[-1], colors[stage]) for stage, values in wide.items()}
+    name_line_ends(axis, wide.index[-1], ends, gap=0.075)
     axis.set(xlabel="clients K", ylabel="operations (TFLOP)")
     axis.grid(alpha=0.3)
     return figure
-
-
-def name_line_ends(axis: Axes, ends: dict[str, tuple[float, str]]) -> None:
-    """Write names to the right of the ends of lines on a logarithmic axis: name -> (last value, colour).
-
-    Names are moved apart where they would overlap, and joined to their lines. Each line of a name counts.
-    """
-    low, high = np.log10(axis.get_ylim())
-    heights = np.array([(np.log10(value) - low) / (high - low) for value, _ in ends.values()])
-    most = max(name.count("\n") for name in ends) + 1
-    rows = spread(heights, 0.075 * most, 0.0, 1.0)
-    last = axis.transAxes.inverted().transform(axis.transData.transform([axis.lines[0].get_xdata()[-1], 1]))[
-        0
-    ]
-    within = {"transform": axis.transAxes, "clip_on": False}
-    for (name, (_, color)), end, row in zip(ends.items(), heights, rows, strict=True):
-        axis.plot([last, 1.03], [end, row], color=color, lw=0.6, alpha=0.6, zorder=0, **within)
-        axis.text(1.04, row, name, va="center", fontsize=9, color=color, **within)

@@ -16,7 +16,6 @@ from textwrap import fill
 import ipywidgets as ipw
 from IPython.display import display
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
 from ..core.errors import BadInput
@@ -26,7 +25,7 @@ from ..server.synthetic import SyntheticSet
 from ..settings.schema import PartitionSettings
 from . import clients as client_figures
 from . import images
-from .style import SHOWN, new_figure, show
+from .style import SHOWN, few_colors, new_figure, picture, show
 
 ALPHAS = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 3.0, 10.0, 100.0)
 STORED_CLIENTS = (2, 3, 5, 8, 12)  # a picture for each of them and each α is stored
@@ -143,10 +142,8 @@ def _drawn(draw: Callable[..., Figure], values: Sequence[float]) -> Figure:
 
 def _small_png(figure: Figure) -> bytes:
     """Return the figure as a PNG of at most `COLORS` colours, at the size in pixels at which it is shown."""
-    drawn, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=SHOWN, metadata={"Software": None})
-    picture = Image.open(drawn).convert("RGB").quantize(COLORS, dither=Image.Dither.NONE)
-    picture.save(small, format="png", optimize=True)
+    small = io.BytesIO()
+    few_colors(picture(figure, SHOWN), COLORS).save(small, format="png", optimize=True)
     return small.getvalue()
 
 

@@ -2,9 +2,8 @@
 
 All share one signature, `method(uploads, settings, store) -> Outcome`. A method gets uploads only, never a
 data set. Exceptions: `central` and `central_ridge` get one upload made of all data; methods of several
-exchanges get clients (`fusefl.Client`, `_statistics.Client`); `real_images`, a bound, gets images as well.
-The reported accuracy is the mean over
-the outcome's models: one, or one per client for `local`.
+exchanges get clients (`fusefl.Client`, `_statistics.Client`); `real_images`, a reference, gets images
+as well. The reported accuracy is the mean over the outcome's models: one, or one per client for `local`.
 
 To add a method, write a file with its function and its record, `METHOD`, and add a line to `SHIPPED` below;
 in a notebook, call `register` with a record.

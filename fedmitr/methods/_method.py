@@ -108,7 +108,7 @@ class Method:
         given: what `run` gets: "uploads"; "clients" for a method that asks for statistics after the uploads
             (`_statistics.Client`); "stages" for one that trains stage by stage (`fusefl.Client`); "central"
             for the one upload of a client that holds all data; "images" for the uploads and, as a fourth
-            argument, all clients' images, which no server has: a bound.
+            argument, all clients' images, which no server has: a reference.
         needs_weights: whether every upload must carry weights; without, no client trains.
         needs_counts: whether every upload must carry its class histogram.
         needs_statistics: whether every upload must carry sums of features; a dotted setting where it depends

@@ -1,4 +1,4 @@
-"""Clients' own images in place of FedMITR+'s: a bound, since no server has them.
+"""Clients' own images in place of FedMITR+'s: a reference, since no server has them.
 
 The teacher is FedMITR+'s, and so are the number of images, the student and its steps. The images' labels are
 not used. What is between this and FedMITR+ is what better synthetic images could win.

@@ -114,8 +114,7 @@ def test_sliders_of_stored_outputs_show_another_picture_when_they_move(browser, 
             assert output.screenshot() != before, page.name
             sliders += 1
         tab.close()
-    if not sliders:
-        pytest.skip("no notebook stores a slider yet")
+    assert sliders == 3  # α and clients in notebook 01, the iteration in 03
 
 
 def test_the_theme_follows_the_system(browser, site):

@@ -3,8 +3,6 @@
 import importlib
 import os
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
 from tiny_runs import tiny
@@ -15,7 +13,6 @@ from fedmitr.core.store import Store
 from fedmitr.evaluation.plan import plan
 from fedmitr.experiments.run import Experiment
 from fedmitr.experiments.scaling import processes, profiles, projection, strong_scaling
-from fedmitr.figures import trends
 from fedmitr.settings import PROFILES, Settings
 
 pipeline = importlib.import_module("fedmitr.methods.fedmitr")
@@ -97,24 +94,6 @@ def test_the_number_of_processes_is_as_before_afterwards(before, monkeypatch):
 
 
 # Drawn.
-
-
-def test_the_figures_show_the_table():
-    table = projection(Settings.load("laptop"), counts=(5, 50))
-    work, memory = trends.projection(table).axes
-    assert work.get_xscale() == memory.get_yscale() == "log" and "clients" in work.get_xlabel()
-    for axis, column in ((work, "server, TFLOP"), (memory, "memory, GB")):
-        drawn = {}  # ways that cost the same, to a hundredth, share a line, whose label names them all
-        for line in axis.lines:
-            if line.get_label()[:1] != "_":
-                drawn |= dict.fromkeys(line.get_label().split("\n"), line.get_ydata())
-        for way, rows in table.groupby("way", sort=False):
-            assert np.allclose(drawn.pop(way), rows[column], rtol=0.01)
-        assert not drawn
-    measured = pd.DataFrame({"workers": [1, 2], "seconds": [8.0, 5.0], "speed-up": [1.0, 1.6]})
-    time, gain = trends.scaling(measured).axes
-    assert list(time.lines[0].get_ydata()) == [8, 5] and "seconds" in time.get_ylabel()
-    assert list(gain.lines[0].get_ydata()) == [1, 1.6] and list(gain.lines[1].get_ydata()) == [1, 2]
 
 
 def test_a_plan_counts_a_group_by_its_clients():

@@ -109,7 +109,7 @@ def test_the_animation_plays_every_frame_for_ever_and_is_the_same_each_time(
         assert times == [400, 400, 3000]
     for png, gif in zip(*decoded.values(), strict=True):
         assert np.abs(png - gif).max() <= 1
-    still = figures.style.pixel_rows(figures.frame(recorded_set, 1, task.stats))
+    still = np.asarray(figures.style.picture(figures.frame(recorded_set, 1, task.stats), dpi=100))
     assert np.abs(decoded["PNG"][1] - still.astype(int)).mean() < 3  # few colours, but the same picture
 
 

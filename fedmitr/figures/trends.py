@@ -64,8 +64,9 @@ def name_line_ends(axis: Axes, last: float, ends: Mapping[str, tuple[float, str]
     """Write names to the right of the ends of lines, joined to them: name -> (last value, colour).
 
     last: where the lines end, along the x axis; gap: between names of one row, as a share of the axes'
-    height. Names are moved apart where they would overlap. Limits and scales of the axes must be final.
+    height. Names are moved apart where they would overlap. Scales of the axes must be final.
     """
+    axis.autoscale_view()  # limits that are not set follow the data
     shares = (axis.transScale + axis.transLimits).transform([(last, value) for value, _ in ends.values()])
     most = max(name.count("\n") for name in ends) + 1  # rows of the longest name
     heights = spread(shares[:, 1], gap * most, 0.0, 1.0)

@@ -29,8 +29,8 @@ FLOWER := .venv-flower
 FLOWER_STAMP := $(FLOWER)/.installed
 BOOK := .venv-book
 BOOK_STAMP := $(BOOK)/.installed
-# Test files run side by side, on up to four cores.
-SPREAD := -n auto --maxprocesses 4 --dist loadfile
+# Test files run side by side, on up to four cores, in the order given: xdist would begin with the one of most tests.
+SPREAD := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 SITE := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .DEFAULT_GOAL := help

@@ -43,7 +43,7 @@ def equal(one, other):
 
 def test_real_images_alone_is_given_images_and_none_but_it_and_textures_learns_on_others():
     assert [name for name, record in METHODS.items() if record.given == "images"] == ["real_images"]
-    assert METHODS["real_images"].is_reference and "bound" in METHODS["real_images"].label
+    assert METHODS["real_images"].is_reference and "real" in METHODS["real_images"].label
 
 
 # The teacher.
